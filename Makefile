@@ -1,0 +1,37 @@
+# The verbs of this project; `make` alone lists them. Each installs what it needs first.
+# Options of the underlying program go into ARGS:  make test ARGS='tests/chunkstore -k header'
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup run stop test test-all check bench
+ARGS ?=
+
+help: ## list the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## install Debian packages that are missing, and .venv with the command .venv/bin/atoll
+	@scripts/setup.sh runtime
+
+run: setup ## format ./vol unless it is there, mount it at ./mnt, show what it does, leave it mounted
+	@scripts/demo.sh
+
+stop: ## unmount ./mnt
+	@scripts/stop.sh
+
+test: ## run all tests but the slow ones, real servers and mounts included
+	@scripts/setup.sh runtime test
+	.venv/bin/python -m pytest -m 'not slow' $(ARGS)
+
+test-all: ## run every test
+	@scripts/setup.sh runtime test
+	.venv/bin/python -m pytest $(ARGS)
+
+check: ## ruff, mypy and the rules about imports
+	@scripts/setup.sh runtime test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+bench: ## compare with JuiceFS, rclone mount and ext4
+	@scripts/setup.sh runtime test bench
+	.venv/bin/python bench/run.py $(ARGS)

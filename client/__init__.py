@@ -1,0 +1,1 @@
+"""The mounted client: POSIX on top of metasvc and chunkstore, its transports and its command line."""

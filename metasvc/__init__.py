@@ -1,0 +1,1 @@
+"""The metadata service: the truth about names."""

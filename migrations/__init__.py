@@ -1,0 +1,1 @@
+"""The stores' schemas as numbered SQL files."""

@@ -34,7 +34,7 @@ Buffer = bytes | bytearray | memoryview
 class BlockRange(NamedTuple):
     """Name the part `[start, end)` of one block; offsets count from the block's first raw byte."""
 
-    index: BlockIndex
+    block_index: BlockIndex
     start: int
     end: int
 
@@ -44,7 +44,7 @@ class ObjectId(NamedTuple):
 
     volume_uuid: str
     slice_id: SliceId
-    index: BlockIndex
+    block_index: BlockIndex
 
 
 def is_block_size(block_bytes: int) -> bool:

@@ -76,9 +76,7 @@ class ObjectStore(Protocol):
         (default: the store's budget). One request. ObjectMissing if there is no such object.
         """
 
-    async def put(
-        self, key: str, data: Buffer, *, if_absent: bool = False, timeout_s: float | None = None
-    ) -> None:
+    async def put(self, key: str, data: Buffer, *, if_absent: bool = False, timeout_s: float | None = None) -> None:
         """Store an object; durable and visible to all when it returns. One request.
 
         `if_absent` never replaces: ObjectExists if there is one with other bytes, success if its bytes are equal (an

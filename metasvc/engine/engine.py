@@ -1,0 +1,296 @@
+"""The owner of one volume: runs rules on rows in memory, commits in groups, answers when durable.
+
+What it owns: the ownership (Owner), rows (Rows), the committer, which sessions have which inodes open, and
+promised room. The rules of POSIX are in the modules beside this one; this one knows how they are run.
+
+An operation: run the rule on a Tx; if rows are missing load them (the only await) and run it again from the
+start; else put its changes into memory and into the open batch in the same stretch, then wait until that
+batch is durable. A reply that saw rows not yet durable waits for them too, errors included (EEXIST for a name
+whose creation could still be lost would be a lie). Rules never await, so operations are serial.
+
+Failure: when a commit fails for good or the ownership is lost, the engine is *failed*: every call raises what
+happened. Nothing unacknowledged was answered. The process opens the volume again, or ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self, cast
+
+from chunkstore.errors import AtollError
+from chunkstore.geometry import SliceId
+from metasvc.engine import content
+from metasvc.engine.committer import Committer
+from metasvc.engine.format import NEXT_INO, NEXT_SLICE
+from metasvc.engine.memory import NeedRows, Rows
+from metasvc.engine.owner import OWNER_TTL_S, Owner, boottime_s
+from metasvc.engine.reservations import Reservations
+from metasvc.engine.tx import Rule, Tx
+from metasvc.errors import FsError, StoreError
+from metasvc.model import Counter, Ino, Session, SessionId, VolumeFormat
+from metasvc.store import VolumeStore
+from metasvc.store.tables import COUNTER, SESSION, SUSTAINED
+
+INO_STRIDE = 4096
+SLICE_STRIDE = 65_536
+"""Numbers are taken from their counter in strides: a commit per stride, and a restart skips the rest."""
+NEXT_SESSION = "next_session"
+MAX_RUNS = 200
+"""Times a rule may ask for more rows; each run of a rule asks for at least one that was missing."""
+DEFAULT_MEMORY_BYTES = 64 * 1024 * 1024
+
+
+class Engine:
+    """One open volume. An async context manager: leaving it commits what is open and gives the volume up."""
+
+    def __init__(
+        self,
+        store: VolumeStore,
+        owner: Owner,
+        *,
+        memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        clock_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self.store = store
+        self.owner = owner
+        self.clock_ns = clock_ns
+        self.format: VolumeFormat = store.format
+        self.rows = Rows(store, limit_bytes=memory_bytes)
+        self.committer = Committer(store, owner, self.rows, on_failure=self._fail)
+        self.reservations = Reservations()
+        self.failure: AtollError | None = None
+        self.failed = asyncio.Event()
+        """Set when the engine has failed; see ``failure``."""
+        self.operations_total = 0
+        self.restarts_total = 0
+        self._opens: dict[Ino, dict[SessionId, int]] = {}
+        self._sustained: set[tuple[SessionId, Ino]] = set()
+        self._slice_ranges: dict[SessionId, list[range]] = {}
+        self._next_ino = 0
+        self._next_slice = 0
+        self._renewal: asyncio.Task[None] | None = None
+        self._changes_allowed = asyncio.Event()
+        self._changes_allowed.set()
+
+    @classmethod
+    async def open(
+        cls,
+        store: VolumeStore,
+        *,
+        address: str,
+        memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        ttl_s: float = OWNER_TTL_S,
+        clock_ns: Callable[[], int] = time.time_ns,
+        clock_s: Callable[[], float] = boottime_s,
+    ) -> Engine:
+        """Acquire a volume, load what stays in memory, and end sessions that a crash left behind.
+
+        NotOwner while another process owns it.
+        """
+        owner = await Owner.acquire(store, address=address, ttl_s=ttl_s, clock_s=clock_s)
+        engine = cls(store, owner, memory_bytes=memory_bytes, clock_ns=clock_ns)
+        try:
+            await engine.rows.load_resident()
+            engine._next_ino = engine._counter(NEXT_INO)
+            engine._next_slice = engine._counter(NEXT_SLICE)
+            engine._renewal = asyncio.create_task(engine._renew(), name="metasvc-owner")
+            for session in engine.sessions():
+                await engine.end_session(session.session_id)
+        except BaseException:
+            await engine.close()
+            raise
+        return engine
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Commit what is open and release the ownership. Does not close the store."""
+        try:
+            if self.failure is None:
+                await self.committer.flush()
+        finally:
+            if self._renewal is not None:
+                self._renewal.cancel()
+                await asyncio.gather(self._renewal, return_exceptions=True)
+            if self.failure is None:
+                await self.owner.release()
+
+    async def _renew(self) -> None:
+        try:
+            await self.owner.renew_forever()
+        except AtollError as exc:
+            self._fail(exc)
+
+    def _fail(self, error: AtollError) -> None:
+        if self.failure is None:
+            self.failure = error
+            self.failed.set()
+
+    def _check(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+        self.owner.check()
+
+    def _counter(self, name: str) -> int:
+        row: Counter | None = self.rows.resident_get(COUNTER, name)
+        return row.value if row else 0
+
+    # -- running rules --------------------------------------------------------------------------------
+
+    async def run(self, rule: Rule, *args: Any, then: Callable[[Any], None] | None = None) -> Any:
+        """Run a rule as one operation; its result once durable. See the module's text.
+
+        ``then`` runs in the same stretch in which the changes come into force.
+        """
+        for _ in range(MAX_RUNS):
+            self._check()
+            tx = Tx(self.rows, self, self.clock_ns())
+            try:
+                result = rule(tx, *args)
+            except NeedRows as need:
+                self.restarts_total += 1
+                await self.rows.fetch(need.keys, need.groups)
+                continue
+            except FsError:
+                if tx.read_batch > self.rows.durable_batch:
+                    await self.committer.wait(tx.read_batch)
+                raise
+            batch = tx.read_batch
+            changes = tx.finish()
+            if changes:
+                if not self._changes_allowed.is_set():
+                    await self._changes_allowed.wait()
+                    continue
+                batch = self.committer.add(changes, tx.fresh)
+                for key, row in changes.get(SUSTAINED, {}).items():
+                    (self._sustained.discard if row is None else self._sustained.add)(key)
+            self.operations_total += 1
+            if then is not None:
+                then(result)
+            if batch > self.rows.durable_batch:
+                await self.committer.wait(batch)
+            return result
+        raise StoreError(f"a metadata operation asked for rows {MAX_RUNS} times; the memory limit is too small")
+
+    async def settled(self) -> None:
+        """Wait until all changes in force are durable: for replies made of many rows."""
+        self._check()
+        await self.committer.flush()
+
+    def hold_changes(self) -> None:
+        """Let operations that change something wait (for an exact check). Reads go on."""
+        self._changes_allowed.clear()
+
+    def allow_changes(self) -> None:
+        """End hold_changes()."""
+        self._changes_allowed.set()
+
+    # -- what rules ask (tx.Surroundings) --------------------------------------------------------------
+
+    def new_ino(self, tx: Tx) -> Ino:
+        """Return an inode number never used before; what a failed operation took is skipped."""
+        ino = self._next_ino
+        self._next_ino += 1
+        if ino >= tx.counter(NEXT_INO):
+            tx.count(NEXT_INO, INO_STRIDE)
+        return Ino(ino)
+
+    def sessions_holding(self, ino: Ino) -> list[SessionId]:
+        """Return the sessions that have an inode open."""
+        return list(self._opens.get(ino, ()))
+
+    def reserved_bytes(self, quota: Ino) -> int:
+        """Return what is promised to writers: see Reservations."""
+        return self.reservations.reserved_bytes(quota)
+
+    def granted_bytes(self, ino: Ino) -> int:
+        """Return what a file may grow without asking."""
+        return self.reservations.granted_bytes(ino)
+
+    # -- sessions ---------------------------------------------------------------------------------------
+
+    async def begin_session(self, *, host: str, pid: int, mountpoint: str) -> SessionId:
+        """Register a session, durably, so that what it leaves behind can be cleaned up."""
+
+        def begin(tx: Tx) -> SessionId:
+            tx.count(NEXT_SESSION, 1)
+            session_id = SessionId(tx.counter(NEXT_SESSION))
+            tx.put(SESSION, Session(session_id, host, pid, mountpoint, tx.now_ns))
+            return session_id
+
+        session_id: SessionId = await self.run(begin)
+        self._slice_ranges[session_id] = []
+        return session_id
+
+    async def end_session(self, session_id: SessionId) -> None:
+        """End a session: its opens, what it sustained, its slice ids."""
+        for ino, holders in list(self._opens.items()):
+            if holders.pop(session_id, None) is not None and not holders:
+                del self._opens[ino]
+                self.reservations.release(ino)
+        self._slice_ranges.pop(session_id, None)
+        sustained = await self.run(lambda tx: list(tx.group(SUSTAINED, session_id)))
+        for ino in sustained:
+            await self.run(self._release_rule, session_id, ino)
+        await self.run(lambda tx: tx.delete(SESSION, session_id))
+
+    def _release_rule(self, tx: Tx, session_id: SessionId, ino: Ino) -> None:
+        content.release(tx, session_id, ino, last=not self._opens.get(ino))
+
+    def opened(self, session_id: SessionId, ino: Ino) -> None:
+        """Count an open. Synchronous: runs in the stretch of the operation that opened."""
+        holders = self._opens.setdefault(ino, {})
+        holders[session_id] = holders.get(session_id, 0) + 1
+
+    async def release(self, session_id: SessionId, ino: Ino) -> None:
+        """Undo one open of a session; the last one ends promises and sustaining."""
+        holders = self._opens.get(ino)
+        if holders is None or session_id not in holders:
+            return
+        holders[session_id] -= 1
+        if holders[session_id]:
+            return
+        del holders[session_id]
+        if not holders:
+            del self._opens[ino]
+            self.reservations.release(ino)
+        if (session_id, ino) in self._sustained:
+            await self.run(self._release_rule, session_id, ino)
+
+    async def allocate_slices(self, session_id: SessionId, count: int) -> range:
+        """Take slice ids for a session; durable before they are handed out, so never handed out again."""
+        first = self._next_slice
+        self._next_slice += count
+
+        def take(tx: Tx) -> None:
+            have = tx.counter(NEXT_SLICE)
+            if first + count > have:
+                tx.count(NEXT_SLICE, max(SLICE_STRIDE, first + count - have))
+
+        await self.run(take)
+        ids = range(first, first + count)
+        self._slice_ranges[session_id].append(ids)
+        return ids
+
+    def is_pending(self, slice_id: SliceId) -> bool:
+        """Return whether a live session holds this slice id and may still commit it."""
+        return any(slice_id in ids for ranges in self._slice_ranges.values() for ids in ranges)
+
+    async def put_format(self, volume_format: VolumeFormat) -> None:
+        """Replace the volume's format, durably."""
+        self._check()
+        await self.store.put_format(self.owner.ownership, volume_format)
+        self.format = volume_format
+
+    def sessions(self) -> Sequence[Session]:
+        """Return all sessions."""
+        return cast("list[Session]", self.rows.resident(SESSION))

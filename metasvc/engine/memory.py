@@ -1,0 +1,382 @@
+"""The owner's rows in memory: a cache that is never stale, because only the owner writes.
+
+What it owns: for every table the rows (and known absences) that the owner has at hand, and the *pinned*
+changes that the store may not show yet. It must not know any rule of POSIX.
+
+Layers, each current where it has an answer:
+
+- *cached*: two generations per table. A hit in the old generation moves to the young one; when the young
+  one is full the old one is dropped. A grouped table caches whole groups; a *complete* group answers for
+  absent members too.
+- *pinned*: rows and tombstones changed by batches that are not durable, or that a load or scan now under
+  way might have missed. Pinned rows are never evicted.
+
+Invariants:
+
+1. A cached or pinned row is the newest row: apply() writes both, and install() never replaces either.
+2. A change stays pinned until its batch is durable *and* every load and scan that began before that commit
+   ended has ended. So a load that read the store before the commit finds the newer row pinned.
+3. Everything here is synchronous but for fetch() and scan_dir(), which await only the store, and touch the
+   layers only after it has answered.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from metasvc.model import Dentry, Inode
+from metasvc.store import VolumeStore
+from metasvc.store.tables import CHUNK, COUNTER, DENTRY, INODE, LINK, QUOTA, SESSION, TABLES, XATTR, Key, Row, Table
+
+RESIDENT: Final = (COUNTER, QUOTA, SESSION)
+"""Tables that are loaded wholly when the volume is opened, and never evicted."""
+_OF_INODE: Final = (DENTRY, CHUNK, XATTR, LINK)
+"""Grouped tables whose group is an inode: a new inode has none of their rows."""
+
+_ABSENT: Final[Any] = object()
+ROW_COST_BYTES: Final = 700
+"""Estimate of what one cached row takes with its key and dictionary slots (measured: inode 650, dentry 420)."""
+GROUP_MAX_ROWS: Final = 20_000
+"""Larger groups do not survive a change of generation."""
+
+
+class NeedRows(Exception):
+    """An operation needs rows that are not in memory: load them and run it again."""
+
+    def __init__(self, keys: list[tuple[Table, Any]], groups: list[tuple[Table, int]]) -> None:
+        super().__init__()
+        self.keys = keys
+        self.groups = groups
+
+
+class Group:
+    """The cached members of one group of a grouped table."""
+
+    __slots__ = ("complete", "rows")
+
+    def __init__(self, *, complete: bool) -> None:
+        self.rows: dict[Any, Row | None] = {}
+        self.complete = complete
+
+
+class _Flat:
+    """Cached rows of one table keyed by one value: two generations."""
+
+    __slots__ = ("old", "young")
+
+    def __init__(self) -> None:
+        self.young: dict[Any, Row | None] = {}
+        self.old: dict[Any, Row | None] = {}
+
+    def get(self, key: Any) -> Any:
+        row = self.young.get(key, _ABSENT)
+        if row is _ABSENT and self.old:
+            row = self.old.pop(key, _ABSENT)
+            if row is not _ABSENT:
+                self.young[key] = row
+        return row
+
+
+class _Grouped:
+    """Cached groups of one table: two generations."""
+
+    __slots__ = ("old", "young")
+
+    def __init__(self) -> None:
+        self.young: dict[int, Group] = {}
+        self.old: dict[int, Group] = {}
+
+    def get(self, group: int) -> Group | None:
+        found = self.young.get(group)
+        if found is None and self.old:
+            found = self.old.pop(group, None)
+            if found is not None:
+                self.young[group] = found
+        return found
+
+
+class Rows:
+    """All rows of a volume that the owner has in memory."""
+
+    def __init__(self, store: VolumeStore, *, limit_bytes: int) -> None:
+        self._store = store
+        self._limit_bytes = limit_bytes
+        self._young_bytes = 0
+        self._flat = {table: _Flat() for table in TABLES if not table.grouped}
+        self._grouped = {table: _Grouped() for table in TABLES if table.grouped}
+        # The values are (row or None, number of the batch that changed it).
+        self._pinned: dict[Table, dict[Any, tuple[Row | None, int]]] = {table: {} for table in TABLES}
+        self._pinned_groups: dict[Table, dict[int, dict[Any, None]]] = {table: {} for table in TABLES if table.grouped}
+        self._fresh: tuple[set[int], set[int]] = (set(), set())  # inodes made here: young, old
+        self._reads_under_way: dict[int, None] = {}  # sequence numbers, in order of their beginning
+        self._next_read = 0
+        self._releasable: deque[tuple[int, int, list[tuple[Table, Any]]]] = deque()
+        self.durable_batch = 0
+        """All batches up to this number are durable."""
+        self.loads_total = 0
+        self.evicted_generations_total = 0
+
+    # -- looking up -----------------------------------------------------------------------------------
+
+    def get(self, table: Table, key: Any) -> Any:
+        """Return a row, None if it is known to be absent, or ABSENT if memory cannot tell.
+
+        ``key`` is the bare value for one-part keys, a tuple (group, member) else.
+        """
+        if table.grouped:
+            group = self._grouped[table].get(key[0])
+            if group is not None:
+                row = group.rows.get(key[1], _ABSENT)
+                if row is not _ABSENT:
+                    return row
+                if group.complete:
+                    return None
+        else:
+            row = self._flat[table].get(key)
+            if row is not _ABSENT:
+                return row
+        pinned = self._pinned[table].get(key)
+        if pinned is not None:
+            return pinned[0]
+        if table.grouped and table in _OF_INODE and self.is_fresh(key[0]):
+            return None
+        return _ABSENT
+
+    def group(self, table: Table, group: int) -> Mapping[Any, Row | None] | None:
+        """Return all members of a group (None values are absent ones), or None if memory has not all of them."""
+        found = self._grouped[table].get(group)
+        if found is not None and found.complete:
+            return found.rows
+        if found is None and table in _OF_INODE and self.is_fresh(group):
+            return {}
+        return None
+
+    def pinned_batch(self, table: Table, key: Any) -> int:
+        """Return the batch that must be durable before a reply may show this row; 0 if none."""
+        pinned = self._pinned[table].get(key)
+        return 0 if pinned is None or pinned[1] <= self.durable_batch else pinned[1]
+
+    @property
+    def has_pins(self) -> bool:
+        """Whether anything at all is pinned (cheap test before pinned_batch)."""
+        return bool(self._releasable) or any(self._pinned.values())
+
+    def is_fresh(self, ino: int) -> bool:
+        """Return whether an inode was made here, so that groups not cached are empty."""
+        return ino in self._fresh[0] or ino in self._fresh[1]
+
+    # -- changing -------------------------------------------------------------------------------------
+
+    def mark_fresh(self, ino: int) -> None:
+        """Say that an inode is new: the store has no row of any group of it."""
+        self._fresh[0].add(ino)
+
+    def apply(self, changes: Mapping[Table, Mapping[Any, Row | None]], batch: int) -> None:
+        """Put the changes of an operation, part of the open batch, in force. No await, hence atomic."""
+        for table, rows in changes.items():
+            pinned = self._pinned[table]
+            if table.grouped:
+                cache = self._grouped[table]
+                pinned_groups = self._pinned_groups[table]
+                for key, row in rows.items():
+                    pinned[key] = (row, batch)
+                    pinned_groups.setdefault(key[0], {})[key[1]] = None
+                    group = cache.get(key[0])
+                    if group is None:
+                        group = Group(complete=table in _OF_INODE and self.is_fresh(key[0]))
+                        cache.young[key[0]] = group
+                    if row is None and group.complete:
+                        group.rows.pop(key[1], None)
+                    else:
+                        group.rows[key[1]] = row
+                        self._young_bytes += ROW_COST_BYTES
+            else:
+                young = self._flat[table]
+                for key, row in rows.items():
+                    pinned[key] = (row, batch)
+                    young.old.pop(key, None)
+                    young.young[key] = row
+                    self._young_bytes += ROW_COST_BYTES + (len(row[-1]) if row and isinstance(row[-1], bytes) else 0)
+        if self._young_bytes > self._limit_bytes // 2:
+            self._turn_generation()
+
+    def mark_durable(self, batch: int, keys: list[tuple[Table, Any]]) -> None:
+        """Say that a batch is in the store; unpin its rows as soon as no older read is under way."""
+        self.durable_batch = batch
+        self._releasable.append((self._next_read, batch, keys))
+        self._release()
+
+    def _release(self) -> None:
+        oldest = next(iter(self._reads_under_way), None)
+        while self._releasable and (oldest is None or self._releasable[0][0] <= oldest):
+            _, batch, keys = self._releasable.popleft()
+            for table, key in keys:
+                pinned = self._pinned[table]
+                entry = pinned.get(key)
+                if entry is None or entry[1] != batch:
+                    continue  # changed again by a later batch, which will release it
+                del pinned[key]
+                if table.grouped:
+                    members = self._pinned_groups[table][key[0]]
+                    del members[key[1]]
+                    if not members:
+                        del self._pinned_groups[table][key[0]]
+
+    def _turn_generation(self) -> None:
+        self._young_bytes = 0
+        self.evicted_generations_total += 1
+        for flat_table, flat in self._flat.items():
+            if flat_table not in RESIDENT:
+                flat.old, flat.young = flat.young, {}
+        for grouped in self._grouped.values():
+            grouped.old, grouped.young = grouped.young, {}
+            for number in [n for n, group in grouped.old.items() if len(group.rows) > GROUP_MAX_ROWS]:
+                del grouped.old[number]  # a directory in constant use must not fill the memory
+                self._fresh[0].discard(number)
+                self._fresh[1].discard(number)
+        self._fresh = (set(), self._fresh[0])
+        # A group that is dropped with the freshness of its inode is loaded from the store later; its pinned
+        # rows are laid over what the store says, so nothing is lost by dropping it early.
+
+    # -- loading --------------------------------------------------------------------------------------
+
+    async def fetch(self, keys: Iterable[tuple[Table, Any]], groups: Iterable[tuple[Table, int]]) -> None:
+        """Load rows and groups into memory, in one trip to the store."""
+        wanted: dict[Table, list[Key]] = {}
+        wanted_groups: dict[Table, list[int]] = {}
+        for table, key in keys:
+            wanted.setdefault(table, []).append(key if table.grouped else (key,))
+        for table, group in groups:
+            wanted_groups.setdefault(table, []).append(group)
+        self.loads_total += 1
+        read = self._begin_read()
+        try:
+            loaded = await self._store.load(wanted, wanted_groups)
+            found: dict[Table, dict[Any, Row]] = {}
+            for table, rows in loaded.rows.items():
+                size = table.key_size
+                found[table] = {(row[:2] if size == 2 else row[0]): row for row in rows}
+            for table, table_keys in wanted.items():
+                rows_found = found.get(table, {})
+                for wide in table_keys:
+                    key = wide if table.grouped else wide[0]
+                    self.install(table, key, rows_found.get(key))
+            for table, table_groups in wanted_groups.items():
+                members: dict[int, list[Row]] = {group: [] for group in table_groups}
+                for row in loaded.rows.get(table, []):
+                    if row[0] in members:
+                        members[row[0]].append(row)
+                for group, group_rows in members.items():
+                    self._install_group(table, group, group_rows)
+        finally:
+            self._end_read(read)
+
+    async def scan_dir(
+        self, parent: int, *, after: bytes | None, limit: int
+    ) -> tuple[list[tuple[Dentry, Inode | None]], bool]:
+        """Return one page of a directory, newest rows, and whether it is the last page.
+
+        What changed since the scan began is merged: pinned rows are laid over the page's range of names.
+        """
+        read = self._begin_read()
+        try:
+            page = await self._store.scan_dir(parent, after=after, limit=limit)
+            end = len(page) < limit
+            last = page[-1][0].name if page else None
+            merged: dict[bytes, tuple[Dentry, Inode | None]] = {}
+            for dentry, inode in page:
+                merged[dentry.name] = (dentry, inode)
+                self.install(DENTRY, (parent, dentry.name), dentry)
+                if inode is not None:
+                    self.install(INODE, inode.ino, inode)
+            pinned = self._pinned[DENTRY]
+            for name in self._pinned_groups[DENTRY].get(parent, ()):
+                if (after is not None and name <= after) or (not end and last is not None and name > last):
+                    continue
+                row: Any = pinned[(parent, name)][0]
+                if row is None:
+                    merged.pop(name, None)
+                else:
+                    merged[name] = (row, None)
+        finally:
+            self._end_read(read)
+        result = []
+        for name in sorted(merged):
+            dentry, inode = merged[name]
+            newest = self.get(INODE, dentry.ino)
+            result.append((dentry, inode if newest is _ABSENT else newest))
+        return result, end
+
+    def _begin_read(self) -> int:
+        number = self._next_read
+        self._next_read += 1
+        self._reads_under_way[number] = None
+        return number
+
+    def _end_read(self, number: int) -> None:
+        del self._reads_under_way[number]
+        self._release()
+
+    def install(self, table: Table, key: Any, row: Row | None) -> None:
+        """Keep a row that the store showed, unless memory has a newer one."""
+        if key in self._pinned[table]:
+            return
+        if table.grouped:
+            cache = self._grouped[table]
+            group = cache.get(key[0])
+            if group is None:
+                group = cache.young[key[0]] = Group(complete=False)
+            if key[1] not in group.rows and not group.complete:
+                group.rows[key[1]] = row
+                self._young_bytes += ROW_COST_BYTES
+        else:
+            flat = self._flat[table]
+            if flat.get(key) is _ABSENT:
+                flat.young[key] = row
+                self._young_bytes += ROW_COST_BYTES + (len(row[-1]) if row and isinstance(row[-1], bytes) else 0)
+
+    def _install_group(self, table: Table, number: int, rows: list[Row]) -> None:
+        cache = self._grouped[table]
+        group = cache.get(number)
+        if group is None:
+            group = cache.young[number] = Group(complete=False)
+        if group.complete:
+            return
+        have = group.rows
+        pinned = self._pinned[table]
+        for row in rows:
+            key = row[:2]
+            if row[1] not in have and key not in pinned:
+                have[row[1]] = row
+                self._young_bytes += ROW_COST_BYTES
+        for member in self._pinned_groups[table].get(number, ()):
+            have[member] = pinned[(number, member)][0]
+        for member in [m for m, row in have.items() if row is None]:
+            del have[member]
+        group.complete = True
+
+    async def load_resident(self) -> None:
+        """Load the tables that stay in memory. Call once, before the first operation."""
+        for table in RESIDENT:
+            after: Key | None = None
+            while page := await self._store.scan(table, after=after, limit=1000):
+                for row in page:
+                    self.install(table, row[0], row)
+                after = table.key_of(page[-1])
+
+    def resident(self, table: Table) -> list[Row]:
+        """Return all rows of a resident table."""
+        return [row for row in self._flat[table].young.values() if row is not None]
+
+    def resident_get(self, table: Table, key: Any) -> Any:
+        """Return a row of a resident table, or None."""
+        return self._flat[table].young.get(key)
+
+    def pinned_in_range(self, table: Table) -> dict[Any, Row | None]:
+        """Return pinned changes of a table, to lay them over a scan that ended just now."""
+        return {key: entry[0] for key, entry in self._pinned[table].items()}
+
+
+ABSENT: Final = _ABSENT

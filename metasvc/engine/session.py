@@ -1,0 +1,228 @@
+"""One session of an engine in the same process: MetaClient without a wire."""
+
+from __future__ import annotations
+
+import errno as E
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from chunkstore.geometry import MAX_FILE_BYTES
+from metasvc.engine import attributes, content, namespace
+from metasvc.engine.accounts import USED_BYTES, USED_INODES, quotas_above
+from metasvc.engine.engine import Engine
+from metasvc.engine.listing import Listing
+from metasvc.engine.tx import Tx, refuse
+from metasvc.errors import FsError
+from metasvc.model import (
+    Caller,
+    Commit,
+    DirPage,
+    FileMap,
+    Ino,
+    Inode,
+    OpenFile,
+    RenameFlags,
+    SessionId,
+    SetAttr,
+    StatFs,
+    VolumeFormat,
+)
+from metasvc.store.tables import INODE
+
+
+class EngineSession:
+    """MetaClient on an engine, called directly. An async context manager: leaving it ends the session."""
+
+    def __init__(self, engine: Engine, session_id: SessionId) -> None:
+        self._engine = engine
+        self._session_id = session_id
+        self._listing = Listing(engine)
+        self._run = engine.run
+
+    @classmethod
+    async def begin(cls, engine: Engine, *, host: str, pid: int, mountpoint: str = "") -> EngineSession:
+        """Register a session."""
+        return cls(engine, await engine.begin_session(host=host, pid=pid, mountpoint=mountpoint))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._engine.failure is None:
+            await self._engine.end_session(self._session_id)
+
+    @property
+    def format(self) -> VolumeFormat:
+        return self._engine.format
+
+    @property
+    def session_id(self) -> SessionId:
+        return self._session_id
+
+    # -- names ----------------------------------------------------------------------------------------
+
+    async def lookup(self, parent: Ino, name: bytes) -> Inode:
+        await self._listing.expect(parent, name)
+        inode: Inode = await self._run(namespace.lookup, parent, name)
+        return inode
+
+    async def resolve(self, start: Ino, path: Sequence[bytes]) -> list[Inode]:
+        found: list[Inode] = await self._run(namespace.resolve, start, tuple(path))
+        return found
+
+    async def getattr(self, ino: Ino) -> Inode:
+        inode: Inode = await self._run(Tx.inode, ino)
+        return inode
+
+    async def getattr_many(self, inos: Sequence[Ino]) -> list[Inode | None]:
+        def rule(tx: Tx) -> list[Inode | None]:
+            tx.require([(INODE, ino) for ino in inos])
+            return [tx.get(INODE, ino) for ino in inos]
+
+        found: list[Inode | None] = await self._run(rule)
+        return found
+
+    async def readdir(self, ino: Ino, *, after: bytes | None, limit: int) -> DirPage:
+        return await self._listing.page(ino, after=after, limit=limit)
+
+    async def mknod(self, caller: Caller, parent: Ino, name: bytes, *, mode: int, rdev: int = 0) -> Inode:
+        def rule(tx: Tx) -> Inode:
+            return namespace.make(tx, caller, parent, name, mode=mode, rdev=rdev)
+
+        inode: Inode = await self._run(rule)
+        return inode
+
+    async def mkdir(self, caller: Caller, parent: Ino, name: bytes, *, mode: int) -> Inode:
+        return await self.mknod(caller, parent, name, mode=0o040000 | (mode & 0o7777))
+
+    async def symlink(self, caller: Caller, parent: Ino, name: bytes, target: bytes) -> Inode:
+        def rule(tx: Tx) -> Inode:
+            return namespace.make(tx, caller, parent, name, mode=0o120777, target=target)
+
+        inode: Inode = await self._run(rule)
+        return inode
+
+    async def readlink(self, ino: Ino) -> bytes:
+        target: bytes = await self._run(namespace.readlink, ino)
+        return target
+
+    async def link(self, caller: Caller, ino: Ino, parent: Ino, name: bytes) -> Inode:
+        inode: Inode = await self._run(namespace.link, ino, parent, name)
+        return inode
+
+    async def unlink(self, caller: Caller, parent: Ino, name: bytes) -> None:
+        await self._run(namespace.unlink, caller, parent, name)
+
+    async def rmdir(self, caller: Caller, parent: Ino, name: bytes) -> None:
+        await self._run(namespace.rmdir, caller, parent, name)
+
+    async def rename(
+        self, caller: Caller, parent: Ino, name: bytes, new_parent: Ino, new_name: bytes, *, flags: RenameFlags
+    ) -> None:
+        await self._run(namespace.rename, caller, parent, name, new_parent, new_name, flags)
+
+    # -- attributes -----------------------------------------------------------------------------------
+
+    async def setattr(self, caller: Caller, ino: Ino, changes: SetAttr) -> Inode:
+        inode: Inode = await self._run(attributes.setattr, caller, ino, changes, then=self._resized)
+        return inode
+
+    def _resized(self, result: Any) -> None:
+        inode: Inode = result.inode if isinstance(result, OpenFile) else result
+        self._engine.reservations.resized(inode.ino, inode.space_bytes)
+
+    async def getxattr(self, ino: Ino, name: bytes) -> bytes:
+        value: bytes = await self._run(attributes.getxattr, ino, name)
+        return value
+
+    async def listxattr(self, ino: Ino) -> list[bytes]:
+        names: list[bytes] = await self._run(attributes.listxattr, ino)
+        return names
+
+    async def setxattr(self, caller: Caller, ino: Ino, name: bytes, value: bytes, *, flags: int) -> None:
+        await self._run(attributes.setxattr, ino, name, value, flags)
+
+    async def removexattr(self, caller: Caller, ino: Ino, name: bytes) -> None:
+        await self._run(attributes.removexattr, ino, name)
+
+    async def statfs(self, ino: Ino) -> StatFs:
+        answer: StatFs = await self._run(statfs, ino)
+        return answer
+
+    # -- content --------------------------------------------------------------------------------------
+
+    def _opened(self, result: OpenFile) -> None:
+        self._engine.opened(self._session_id, result.inode.ino)
+
+    async def open(self, ino: Ino) -> OpenFile:
+        await self._listing.expect_content(ino)
+        answer: OpenFile = await self._run(content.open_file, ino, then=self._opened)
+        return answer
+
+    async def create(self, caller: Caller, parent: Ino, name: bytes, *, mode: int, exclusive: bool) -> OpenFile:
+        def rule(tx: Tx) -> OpenFile:
+            if not exclusive:
+                try:
+                    found = namespace.lookup(tx, parent, name)
+                except FsError as exc:
+                    if exc.errno != E.ENOENT:
+                        raise
+                else:
+                    if found.is_dir:
+                        refuse(E.EISDIR)
+                    return content.open_file(tx, found.ino)
+            made = namespace.make(tx, caller, parent, name, mode=0o100000 | (mode & 0o7777))
+            return OpenFile(made, FileMap(0, [], {}, 0, MAX_FILE_BYTES))
+
+        answer: OpenFile = await self._run(rule, then=self._opened)
+        return answer
+
+    async def release(self, ino: Ino) -> None:
+        await self._engine.release(self._session_id, ino)
+
+    async def read_map(self, ino: Ino, *, start: int, end: int) -> FileMap:
+        answer: FileMap = await self._run(content.read_map, ino, start, end)
+        return answer
+
+    async def allocate_slices(self, count: int) -> range:
+        return await self._engine.allocate_slices(self._session_id, count)
+
+    async def reserve(self, ino: Ino, *, end: int) -> int:
+        granted: int = await self._run(self._engine.reservations.reserve, ino, end)
+        return granted
+
+    async def commit(self, caller: Caller, ino: Ino, commit: Commit) -> OpenFile:
+        answer: OpenFile = await self._run(content.commit, caller, ino, commit, then=self._resized)
+        return answer
+
+    async def punch(self, caller: Caller, ino: Ino, *, start: int, end: int) -> OpenFile:
+        answer: OpenFile = await self._run(content.punch, caller, ino, start, end)
+        return answer
+
+    async def copy_range(
+        self, caller: Caller, source: Ino, start: int, target: Ino, target_start: int, length: int
+    ) -> tuple[int, OpenFile]:
+        def resized(result: tuple[int, OpenFile]) -> None:
+            self._resized(result[1])
+
+        answer: tuple[int, OpenFile] = await self._run(
+            content.copy_range, caller, source, start, target, target_start, length, then=resized
+        )
+        return answer
+
+
+def statfs(tx: Tx, ino: Ino) -> StatFs:
+    """Return the space of the nearest quota at or above an inode, else of the volume. A rule."""
+    form = tx.around.format
+    inode = tx.inode(ino)
+    used_bytes, used_inodes = tx.counter(USED_BYTES), tx.counter(USED_INODES)
+    total_bytes, total_inodes = form.capacity_bytes, form.max_inodes
+    directory = ino if inode.is_dir else inode.parent
+    if directory > 2:
+        for quota in quotas_above(tx, directory)[:1]:
+            used_bytes, used_inodes = quota.used_bytes, quota.used_inodes
+            total_bytes, total_inodes = quota.max_bytes, quota.max_inodes
+    return StatFs(total_bytes, used_bytes, total_inodes, used_inodes)

@@ -1,0 +1,93 @@
+"""Errors of the name space, below chunkstore.errors.AtollError.
+
+::
+
+    AtollError                      errno, code, retryable
+    └── FsError                     the answer POSIX names: ENOENT, EEXIST …; never retried
+        └── OutOfSpace              EDQUOT of a directory quota, ENOSPC of the volume
+    └── NotOwner                    another process owns the volume (EAGAIN)
+    └── Fenced                      this process was the owner and is no more (ESTALE): it must stop
+    └── StoreError                  the store failed (EIO); the engine stops, nothing unacknowledged is answered
+    └── VolumeMissing, VolumeExists, SchemaTooNew
+"""
+
+from __future__ import annotations
+
+import errno as E
+import os
+
+from chunkstore.errors import AtollError
+
+__all__ = [
+    "Fenced",
+    "FsError",
+    "NotOwner",
+    "OutOfSpace",
+    "SchemaTooNew",
+    "StoreError",
+    "VolumeExists",
+    "VolumeMissing",
+]
+
+
+class FsError(AtollError):
+    """An operation is refused by a rule of POSIX. The errno is the whole answer."""
+
+    code = "posix"
+
+    def __init__(self, errno: int, detail: str = "") -> None:
+        super().__init__(f"{os.strerror(errno)}{': ' if detail else ''}{detail}", errno=errno)
+
+
+class OutOfSpace(FsError):
+    """A quota or the volume is full: ENOSPC for the volume, EDQUOT for a directory quota."""
+
+    code = "out-of-space"
+
+
+class NotOwner(AtollError):
+    """Another live process owns the volume."""
+
+    code = "not-owner"
+    errno = E.EBUSY
+    retryable = True
+
+    def __init__(self, owner: str, expires_in_s: float) -> None:
+        super().__init__(f"the volume is owned by {owner}")
+        self.owner = owner
+        self.expires_in_s = expires_in_s
+
+
+class Fenced(AtollError):
+    """This process lost the ownership of the volume; nothing it holds in memory counts any more."""
+
+    code = "fenced"
+    errno = E.ESTALE
+
+
+class StoreError(AtollError):
+    """The store could not do what was asked; what was not acknowledged may or may not be in it."""
+
+    code = "store-error"
+    errno = E.EIO
+
+
+class VolumeMissing(AtollError):
+    """The address names no volume."""
+
+    code = "no-volume"
+    errno = E.ENOENT
+
+
+class VolumeExists(AtollError):
+    """The address names a volume already."""
+
+    code = "volume-exists"
+    errno = E.EEXIST
+
+
+class SchemaTooNew(AtollError):
+    """The store was written by a newer version of AtollFS."""
+
+    code = "schema-too-new"
+    errno = E.EPROTONOSUPPORT

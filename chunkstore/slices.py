@@ -24,8 +24,10 @@ class SliceWriter:
     """Build one slice. Made by `ChunkStore.writer`; used by one task at a time, `try_read` and `read` by any.
 
     A slice grows by `append` only. A block is taken for upload as soon as it is full; from then on its bytes cannot change
-    (`mutable_from` moves up). Calls that return an awaitable have *already* taken the data (or copied them); awaiting it
-    is back-pressure and must be done before the next call that writes.
+    (`mutable_from` moves up). A call that writes and returns None has taken the data; an awaitable must be awaited before the
+    next call that writes (it is back-pressure, or a tail that lies on disk), and has taken them when it is done.
+    The first `seal` of a slice over the inline limit freezes it: whether it succeeds or not, nothing can be appended after
+    that (`is_frozen`), because a PUT that timed out may still arrive and must find the same bytes. Write on in a new slice.
     """
 
     @property
@@ -43,11 +45,17 @@ class SliceWriter:
         """Return the first offset that `overwrite` still takes: the start of the last, incomplete block."""
         raise NotImplementedError
 
-    def append(self, data: Buffer) -> Awaitable[None] | None:
-        """Add bytes at the end. None: taken. An awaitable: taken as well, but await it before writing more (back-pressure).
+    @property
+    def is_frozen(self) -> bool:
+        """Return whether `seal` has begun, so that only reading, sealing (again) and discarding are left."""
+        raise NotImplementedError
 
-        Never fails for the bucket's sake: a failed upload is kept and reported by `seal`. OSError ENOSPC or EIO only where
-        the cache disk refuses and memory is at its bound. ValueError over 4 GiB - 1. RuntimeError after a successful seal.
+    def append(self, data: Buffer) -> Awaitable[None] | None:
+        """Add bytes at the end. None: taken, without waiting. An awaitable: await it before writing more.
+
+        A failed upload is kept and reported by `seal`; only where memory is at its bound and the cache disk takes nothing
+        does this raise: CacheFull, or what the bucket said. ValueError over 4 GiB - 1. RuntimeError once frozen. After a
+        cancellation `length` says how much was taken.
         """
         raise NotImplementedError
 
@@ -55,11 +63,11 @@ class SliceWriter:
         """Replace bytes in `[mutable_from, length)`; the same promise as `append`. ValueError outside of that range."""
         raise NotImplementedError
 
-    def try_read(self, start: int, end: int) -> bytes | None:
-        """Return bytes `[start, end)` (cut at `length`) as written so far if that needs no waiting; else None."""
+    def try_read(self, start: int, end: int) -> Buffer | None:
+        """Return bytes `[start, end)` (cut at `length`) as written so far if that needs no waiting; else None. May be a view: use it at once."""
         raise NotImplementedError
 
-    async def read(self, start: int, end: int) -> bytes:
+    async def read(self, start: int, end: int) -> Buffer:
         """Return bytes `[start, end)` (cut at `length`) as written so far."""
         raise NotImplementedError
 
@@ -69,8 +77,8 @@ class SliceWriter:
         Up to the inline limit: the bytes come back as `inline`, nothing is stored. OBJECT: all blocks are in the bucket.
         LOCAL: data and the record that they wait for upload are on disk.
         On an error (BucketUnavailable, BucketDenied, BucketFull …) or cancellation nothing is dropped: the writer can be
-        read, appended to and sealed again; what was uploaded is not sent twice. After success a second call returns the
-        same value. An empty slice seals as `inline=b""`.
+        read and sealed again; what was uploaded is not sent twice. After success a second call returns the same value.
+        An empty slice seals as `inline=b""`.
         """
         raise NotImplementedError
 
@@ -117,11 +125,14 @@ class ChunkStore:
         """Start a new slice. Synchronous, makes no file. The id must be new in the volume."""
         raise NotImplementedError
 
-    def try_read(self, info: SliceInfo, start: int, end: int) -> bytes | None:
-        """Return bytes `[start, end)` of a slice (0 <= start < end <= length) if they are in memory, else None. Never blocks."""
+    def try_read(self, info: SliceInfo, start: int, end: int) -> Buffer | None:
+        """Return bytes `[start, end)` of a slice (0 <= start < end <= length) if they are in memory, else None.
+
+        Never blocks. The buffer is read-only to the caller; bytes, bytearray or a view, whatever saves a copy.
+        """
         raise NotImplementedError
 
-    async def read(self, info: SliceInfo, start: int, end: int) -> bytes:
+    async def read(self, info: SliceInfo, start: int, end: int) -> Buffer:
         """Return bytes `[start, end)` of a slice (0 <= start < end <= length), verified against its digests.
 
         Missing frames are fetched, one fetch per block at a time. ObjectMissing, ObjectCorrupt, BucketUnavailable (after all

@@ -14,6 +14,7 @@ from metasvc.model import (
     Caller,
     Garbage,
     Ino,
+    Inode,
     MetaStatus,
     Problem,
     Quota,
@@ -33,6 +34,10 @@ class MetaAdmin(Protocol):
 
     async def status(self) -> MetaStatus:
         """Return sessions, usage and counters."""
+        ...
+
+    async def resolve(self, path: Sequence[bytes]) -> Inode:
+        """Return the inode of a path from the root; symlinks are not followed. ENOENT, ENOTDIR."""
         ...
 
     async def paths_of(self, ino: Ino, *, limit: int = 16) -> list[bytes]:

@@ -5,8 +5,9 @@ namespace, attributes (the rules); owner, committer, engine (how rules are run);
 check, trees, admin (MetaAdmin).
 """
 
+from metasvc.engine.admin import EngineAdmin
 from metasvc.engine.engine import Engine
 from metasvc.engine.format import first_rows
 from metasvc.engine.session import EngineSession
 
-__all__ = ["Engine", "EngineSession", "first_rows"]
+__all__ = ["Engine", "EngineAdmin", "EngineSession", "first_rows"]

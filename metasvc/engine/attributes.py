@@ -18,7 +18,7 @@ _NAMESPACES: Final = (b"user.", b"trusted.", b"security.")
 _ACLS: Final = (acl.ACCESS, acl.DEFAULT)
 
 
-def setattr(tx: Tx, caller: Caller, ino: Ino, changes: SetAttr) -> Inode:
+def setattr(tx: Tx, caller: Caller, ino: Ino, changes: SetAttr) -> Inode:  # noqa: A001 - the name of the system call
     """Change attributes. ENOENT, EISDIR/EINVAL (length of no file), EFBIG, EDQUOT, ENOSPC."""
     inode = tx.inode(ino)
     mtime_ns = inode.mtime_ns

@@ -146,10 +146,13 @@ class Engine:
 
     # -- running rules --------------------------------------------------------------------------------
 
-    async def run(self, rule: Rule, *args: Any, then: Callable[[Any], None] | None = None) -> Any:
+    async def run(
+        self, rule: Rule, *args: Any, then: Callable[[Any], None] | None = None, even_if_held: bool = False
+    ) -> Any:
         """Run a rule as one operation; its result once durable. See the module's text.
 
-        ``then`` runs in the same stretch in which the changes come into force.
+        ``then`` runs in the same stretch in which the changes come into force. ``even_if_held`` is for the one
+        who holds back the changes of all others.
         """
         for _ in range(MAX_RUNS):
             self._check()
@@ -167,7 +170,7 @@ class Engine:
             batch = tx.read_batch
             changes = tx.finish()
             if changes:
-                if not self._changes_allowed.is_set():
+                if not (even_if_held or self._changes_allowed.is_set()):
                     await self._changes_allowed.wait()
                     continue
                 batch = self.committer.add(changes, tx.fresh)

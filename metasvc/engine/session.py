@@ -194,9 +194,9 @@ class EngineSession:
         granted: int = await self._run(self._engine.reservations.reserve, ino, end)
         return granted
 
-    async def commit(self, caller: Caller, ino: Ino, commit: Commit) -> OpenFile:
-        answer: OpenFile = await self._run(content.commit, caller, ino, commit, then=self._resized)
-        return answer
+    async def commit(self, caller: Caller, ino: Ino, commit: Commit) -> Inode:
+        inode: Inode = await self._run(content.commit, caller, ino, commit, then=self._resized)
+        return inode
 
     async def punch(self, caller: Caller, ino: Ino, *, start: int, end: int) -> OpenFile:
         answer: OpenFile = await self._run(content.punch, caller, ino, start, end)

@@ -18,13 +18,17 @@ from metasvc.store.tables import CHUNK, INODE, LINK, TRASHED, XATTR
 NEXT_TRASH = "next_trash"
 
 
-def add(tx: Tx, caller: Caller, inode: Inode, parent: Ino, name: bytes) -> None:
-    """Put an inode that lost its last name into the trash. If it is open it stays usable."""
+def add(tx: Tx, caller: Caller, inode: Inode, parent: Ino, name: bytes, *, later_ns: int = 0) -> TrashId:
+    """Put an inode that lost its last name into the trash; if it is open it stays usable.
+
+    ``later_ns`` lets an entry that is still being made expire so much later than one removed now.
+    """
     tx.count(NEXT_TRASH, 1)
     trash_id = TrashId(tx.counter(NEXT_TRASH))
-    tx.put(TRASHED, Trashed(trash_id, tx.now_ns, inode.ino, parent, name, caller.uid))
+    tx.put(TRASHED, Trashed(trash_id, tx.now_ns + later_ns, inode.ino, parent, name, caller.uid))
     tx.count(accounts.TRASH_BYTES, inode.space_bytes)
     tx.count(accounts.TRASH_INODES, 1)
+    return trash_id
 
 
 def get(tx: Tx, trash_id: TrashId) -> Trashed:
@@ -47,6 +51,12 @@ def expire(tx: Tx, trash_id: TrashId) -> bool:
         _uncount(tx, inode)
         content.remove_or_sustain(tx, inode)
     return True
+
+
+def forget(tx: Tx, row: Trashed, inode: Inode) -> None:
+    """Take an entry out of the trash; the caller gives its inode a name."""
+    tx.delete(TRASHED, row.trash_id)
+    _uncount(tx, inode)
 
 
 def _uncount(tx: Tx, inode: Inode) -> None:
@@ -75,8 +85,7 @@ def restore(tx: Tx, caller: Caller, trash_id: TrashId) -> Inode:
         inodes_more=1,
         volume=False,
     )
-    tx.delete(TRASHED, trash_id)
-    _uncount(tx, inode)
+    forget(tx, row, inode)
     inode = inode._replace(nlink=2 if inode.is_dir else 1, parent=row.parent, ctime_ns=tx.now_ns)
     tx.put(INODE, inode)
     add_name(tx, parent, row.name, inode)

@@ -1,0 +1,30 @@
+"""What every test may count on: the servers' fixtures, one printed seed, hypothesis without timings."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+import pytest
+from hypothesis import settings
+
+pytest_plugins = ["tests.servers.fixtures"]
+
+_SEED_VARIABLE = "ATOLL_TEST_SEED"
+_SEED = int(os.environ.get(_SEED_VARIABLE) or secrets.randbits(32))
+
+# Timings are never asserted: two busy cores would make them random. Examples differ from run to run, in CI too;
+# a failure prints the blob that repeats it.
+settings.register_profile("atoll", deadline=None, print_blob=True, derandomize=False)
+settings.load_profile("atoll")
+
+
+def pytest_report_header() -> str:
+    """Show how to repeat this run's random choices."""
+    return f"seed: {_SEED} (repeat with {_SEED_VARIABLE}={_SEED})"
+
+
+@pytest.fixture
+def seed() -> int:
+    """Return the number from which a test's own random choices come; the header of the run shows it."""
+    return _SEED

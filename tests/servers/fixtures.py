@@ -1,0 +1,48 @@
+"""Fixtures of the real servers: one S3 server for a run of pytest, a fresh bucket and a fault proxy for a test.
+
+A test that stops or damages the server takes `own_s3_server`; all others share `s3_server`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.servers.buckets import Bucket
+from tests.servers.faults import FaultProxy
+from tests.servers.seaweedfs import SeaweedFS
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
+    """Run SeaweedFS for the whole session (about 4 s to start)."""
+    with SeaweedFS(tmp_path_factory.mktemp("seaweedfs")) as server:
+        yield server
+
+
+@pytest.fixture
+def own_s3_server(tmp_path: Path) -> Iterator[SeaweedFS]:
+    """Run a SeaweedFS that the test may kill, pause and restart."""
+    with SeaweedFS(tmp_path / "seaweedfs") as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3_server: SeaweedFS) -> Iterator[Bucket]:
+    """Make an empty bucket, with a prefix as users have one; it is deleted with all that is in it."""
+    name = f"atoll-test-{next(_numbers)}"
+    s3_server.create_bucket(name)
+    yield s3_server.bucket(name, prefix="volumes/one")
+    s3_server.delete_bucket(name)
+
+
+@pytest.fixture
+def fault_proxy(s3_server: SeaweedFS, seed: int) -> Iterator[FaultProxy]:
+    """Put a proxy before the server; `bucket.at(fault_proxy.endpoint)` goes through it."""
+    with FaultProxy(s3_server.endpoint, seed=seed) as proxy:
+        yield proxy

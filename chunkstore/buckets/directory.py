@@ -18,6 +18,7 @@ A cancelled call leaves its thread running to its end: a cancelled put may still
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import secrets
@@ -71,12 +72,61 @@ _PASSING: Final = frozenset(
 )
 
 
+class Disk:
+    """Change a file system: every call through which a put or delete does so, as the system has it.
+
+    A seam: the tests record these calls and play a loss of power at any moment between them.
+    """
+
+    def create(self, path: str) -> int:
+        """Open a new file for writing; OSError EEXIST if there is one."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+    def write(self, descriptor: int, data: memoryview) -> None:
+        """Append all of the bytes."""
+        while data:
+            data = data[os.write(descriptor, data) :]
+
+    def sync_file(self, descriptor: int) -> None:
+        """Make the bytes of a file durable. fdatasync writes the size of a new file too; what it spares is the times."""
+        os.fdatasync(descriptor)
+
+    def close(self, descriptor: int) -> None:
+        """Close a file; some file systems report a failed write only here."""
+        os.close(descriptor)
+
+    def replace(self, source: str, target: str) -> None:
+        """Rename a file over what has that name."""
+        os.replace(source, target)
+
+    def link(self, source: str, target: str) -> None:
+        """Give a file a further name; OSError EEXIST if something has it."""
+        os.link(source, target)
+
+    def unlink(self, path: str) -> None:
+        """Remove a name."""
+        os.unlink(path)
+
+    def mkdir(self, path: str) -> None:
+        """Make a directory for this user alone."""
+        os.mkdir(path, 0o700)
+
+    def sync_directory(self, path: str) -> None:
+        """Make the entries of a directory durable."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 class DirectoryStore:
     """Keep objects as files under one directory, which must exist."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, *, disk: Disk | None = None) -> None:
         """Take the absolute path of the directory. Touches nothing."""
         self._root = root
+        self._disk = disk or Disk()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="bucket-read")
         self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="bucket-write")
         self._known: set[str] = set()
@@ -189,37 +239,38 @@ class DirectoryStore:
         temporary = f"{directory}/{RESERVED_PREFIX}{secrets.token_hex(8)}"
         self._ensure(directory)
         try:
-            descriptor = _create(temporary)
+            descriptor = self._disk.create(temporary)
         except FileNotFoundError:
             # Known, but somebody removed it, or what is above it.
             self._known.clear()
             self._ensure(directory)
-            descriptor = _create(temporary)
+            descriptor = self._disk.create(temporary)
         try:
             try:
-                _write_all(descriptor, memoryview(data).cast("B"))
-                # fdatasync writes the size of a new file too; what it spares is the times.
-                os.fdatasync(descriptor)
+                self._disk.write(descriptor, memoryview(data).cast("B"))
+                self._disk.sync_file(descriptor)
             finally:
-                os.close(descriptor)
+                self._disk.close(descriptor)
             if may_replace:
-                os.replace(temporary, path)
+                self._disk.replace(temporary, path)
             else:
                 self._link(temporary, path, data)
         except BaseException:
-            _remove(temporary)
+            # Best effort: a leftover is swept later, and what brought us here is the error to report.
+            with contextlib.suppress(OSError):
+                self._disk.unlink(temporary)
             raise
         self._sync(directory)
 
     def _link(self, temporary: str, path: str, data: Buffer) -> None:
         """Give the object its name unless there is one with other bytes."""
         try:
-            os.link(temporary, path)
+            self._disk.link(temporary, path)
         except FileExistsError as error:
             if self._read(path, 0, None) != data:
                 raise ObjectExists(f"{self}: {path}: exists with other bytes") from error
             # Equal, but whoever put it may not have come to its sync: ours covers it.
-        _remove(temporary)
+        self._disk.unlink(temporary)
 
     def _ensure(self, directory: str) -> None:
         """Make a directory under the root and the ones above it, durably."""
@@ -236,14 +287,14 @@ class DirectoryStore:
                 child = f"{parent}/{segment}" if segment else parent
                 if child not in self._known:
                     try:
-                        os.mkdir(child, 0o700)
+                        self._disk.mkdir(child)
                     except FileExistsError:
                         if not os.path.isdir(child):
                             raise BucketInvalid(
                                 f"{self}: {child} is an object, so no key below it can be one"
                             ) from None
                     # Also where it existed: another process may have made it and not have come to its sync.
-                    _sync_directory(parent)
+                    self._disk.sync_directory(parent)
                     self._known.add(child)
                 parent = child
 
@@ -251,12 +302,14 @@ class DirectoryStore:
         directories: set[str] = set()
         for path in paths:
             try:
-                os.unlink(path)
+                self._disk.unlink(path)
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 continue
             directories.add(os.path.dirname(path))
         for directory in directories:
-            self._sync(directory)
+            # Gone with all that was in it: nothing can come back.
+            with contextlib.suppress(FileNotFoundError):
+                self._sync(directory)
         if not directories and not os.path.isdir(self._root):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._root)
 
@@ -267,7 +320,7 @@ class DirectoryStore:
             with self._making:
                 if len(self._syncs) >= _KNOWN_DIRECTORIES:
                     self._syncs = {}
-                shared = self._syncs.setdefault(directory, _SharedSync(directory))
+                shared = self._syncs.setdefault(directory, _SharedSync(directory, self._disk))
         shared.sync()
 
     def _stat(self, path: str, key: str) -> ObjectInfo:
@@ -313,8 +366,9 @@ class _SharedSync:
     fails for its caller; the next one syncs again.
     """
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, disk: Disk) -> None:
         self._directory = directory
+        self._disk = disk
         self._turn = threading.Lock()
         self._count = threading.Lock()
         self._asked = 0
@@ -329,7 +383,7 @@ class _SharedSync:
                 return
             with self._count:
                 covered = self._asked
-            _sync_directory(self._directory)
+            self._disk.sync_directory(self._directory)
             self._done = covered
 
 
@@ -338,37 +392,13 @@ def make_directory(path: str) -> None:
     if not os.path.isdir(path):
         parent = os.path.dirname(path)
         make_directory(parent)
+        disk = Disk()
         try:
-            os.mkdir(path, 0o700)
+            disk.mkdir(path)
         except FileExistsError:
             if not os.path.isdir(path):
                 raise
-        _sync_directory(parent)
-
-
-def _create(path: str) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
-
-
-def _remove(path: str) -> None:
-    try:
-        os.unlink(path)
-    except OSError:
-        # A leftover, to be swept; what brought us here is the error to report.
-        return
-
-
-def _sync_directory(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        disk.sync_directory(parent)
 
 
 def _sweep(entry: os.DirEntry[str]) -> None:

@@ -184,11 +184,15 @@ class RetryingStore:
         self, attempt: Callable[[], Awaitable[T]], slots: asyncio.Semaphore, tally: _Tally, *, deadline: float
     ) -> T:
         """Wait for a slot and make one attempt, both before the deadline."""
-        try:
-            async with asyncio.timeout(deadline - self._clock()):
-                await slots.acquire()
-        except TimeoutError as error:
-            raise BucketUnavailable(f"{self}: too many requests at once, none ended in time") from error
+        if slots.locked():
+            try:
+                async with asyncio.timeout(deadline - self._clock()):
+                    await slots.acquire()
+            except TimeoutError as error:
+                raise BucketUnavailable(f"{self}: too many requests at once, none ended in time") from error
+        else:
+            # Free: this does not suspend, and a timer less is 10 us less of the 100 that a small get takes.
+            await slots.acquire()
         try:
             tally.requests += 1
             timeout_s = min(self._limits.attempt_timeout_s, deadline - self._clock())

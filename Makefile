@@ -19,11 +19,11 @@ stop: ## unmount ./mnt
 
 test: ## run all tests but the slow ones, real servers and mounts included
 	@scripts/setup.sh runtime test
-	.venv/bin/python -m pytest -m 'not slow' $(ARGS)
+	.venv/bin/python -m pytest -m 'not slow' --durations=10 $(ARGS)
 
 test-all: ## run every test
 	@scripts/setup.sh runtime test
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest --durations=20 $(ARGS)
 
 check: ## ruff, mypy and the rules about imports
 	@scripts/setup.sh runtime test

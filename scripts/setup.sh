@@ -36,9 +36,10 @@ install_packages() { # STAGE...
         sudo=(sudo)
     fi
     say "apt-get install ${missing[*]}"
-    local apt=("${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get --quiet=2 --option Dpkg::Use-Pty=0)
-    "${apt[@]}" update >&2 </dev/null || say "apt-get update failed; going on with the lists that are here"
-    "${apt[@]}" install --yes --no-install-recommends "${missing[@]}" >&2 </dev/null
+    local apt=("${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get --quiet=2 --option Dpkg::Use-Pty=0) output
+    # Hundreds of lines that say something only where the command fails.
+    output=$("${apt[@]}" update 2>&1 </dev/null) || say "going on with old package lists, for apt-get update failed: $output"
+    output=$("${apt[@]}" install --yes --no-install-recommends "${missing[@]}" 2>&1 </dev/null) || die "$output"
 }
 
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11, 2))' 2>/dev/null; }

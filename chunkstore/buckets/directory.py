@@ -255,10 +255,12 @@ class DirectoryStore:
                 self._disk.replace(temporary, path)
             else:
                 self._link(temporary, path, data)
-        except BaseException:
+        except BaseException as error:
             # Best effort: a leftover is swept later, and what brought us here is the error to report.
             with contextlib.suppress(OSError):
                 self._disk.unlink(temporary)
+            if isinstance(error, IsADirectoryError):
+                raise BucketInvalid(f"{self}: {path} is a directory of objects, so it can be none") from error
             raise
         self._sync(directory)
 

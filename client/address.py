@@ -1,0 +1,139 @@
+"""Addresses of volumes, and of files in them, as users type them.
+
+Owns the grammar of design section 3: an address that is a path names an embedded volume, ``atoll://…`` one of a
+service, and ``ADDRESS:/path`` a file in it. Pure functions on text; what a path under a live mount means is found out
+in client.mounts. Must not know commands, mounts or stores.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from typing import Final
+
+from chunkstore.errors import AtollError
+from metasvc.model import PATH_MAX_BYTES
+
+SERVICE_SCHEME: Final = "atoll://"
+META_DB: Final = "meta.db"
+OBJECTS: Final = "objects"
+
+
+class AddressInvalid(AtollError):
+    """Say that a text cannot be an address, or a path in a volume."""
+
+    errno = errno.EINVAL
+    code = "bad-address"
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedAddress:
+    """The directory of an embedded volume: absolute, free of symbolic links, so that equal volumes have equal addresses."""
+
+    directory: str
+
+    @property
+    def meta_db(self) -> str:
+        """Return the path of the SQLite file."""
+        return os.path.join(self.directory, META_DB)
+
+    @property
+    def objects(self) -> str:
+        """Return the directory that is the default bucket."""
+        return os.path.join(self.directory, OBJECTS)
+
+    def __str__(self) -> str:
+        """Return the address as mounts show it (fsname) and users may type it."""
+        return self.directory
+
+
+@dataclass(frozen=True, slots=True)
+class VolumePath:
+    """A file of a volume, named without a mount."""
+
+    address: EmbeddedAddress
+    path: bytes
+    """Absolute within the volume, without ``.``, ``..`` and doubled slashes."""
+
+
+def split_path(text: str) -> tuple[str, str | None]:
+    """Split ``ADDRESS:/path`` at the last ``:/`` that is not part of ``://``; the path is None where there is none."""
+    position = len(text)
+    while (position := text.rfind(":/", 0, position)) >= 0:
+        if text[position : position + 3] != "://":
+            return text[:position], text[position + 1 :]
+    return text, None
+
+
+def parse_address(text: str) -> EmbeddedAddress:
+    """Read the address of a volume; relative paths count from the working directory. Nothing has to exist.
+
+    AddressInvalid for a service's address, an empty text, and one that no path may be.
+    """
+    if text.startswith(SERVICE_SCHEME):
+        raise AddressInvalid(
+            f"{shown(text)}: volumes of a service arrive with a later version; give the directory of an embedded volume"
+        )
+    if "://" in text:
+        raise AddressInvalid(
+            f"{shown(text)} is no address: give the directory of an embedded volume (bucket URLs go to --bucket)"
+        )
+    if not text:
+        raise AddressInvalid("the address is empty: give the directory of a volume")
+    if "\0" in text:
+        raise AddressInvalid("an address holds no NUL byte: give the directory of a volume")
+    if len(os.fsencode(text)) >= PATH_MAX_BYTES:
+        raise AddressInvalid(
+            f"the address is over {PATH_MAX_BYTES - 1} bytes long: go nearer to it and give a relative path"
+        )
+    try:
+        directory = os.path.realpath(text)
+    except OSError as error:
+        raise AddressInvalid(
+            f"{shown(text)}: {error.strerror}; give the directory of a volume", errno=error.errno
+        ) from error
+    return EmbeddedAddress(directory)
+
+
+def parse_volume_path(text: str) -> VolumePath | None:
+    """Read ``ADDRESS:/path``; None for a text that has no such form (then it is a path of the local file system)."""
+    address, path = split_path(text)
+    if path is None:
+        return None
+    return VolumePath(parse_address(address), normalize(os.fsencode(path)))
+
+
+def normalize(path: bytes) -> bytes:
+    """Return an absolute path of a volume without ``.``, ``..`` and doubled slashes; ``..`` at the root is the root.
+
+    ``..`` is removed by the text, as a shell's ``cd -L`` does: no symbolic link is followed. AddressInvalid for a path with
+    a NUL byte or over 4095 bytes.
+    """
+    if b"\0" in path:
+        raise AddressInvalid("a path holds no NUL byte: correct the path after ADDRESS:")
+    if len(path) >= PATH_MAX_BYTES:
+        raise AddressInvalid(
+            f"the path in the volume is over {PATH_MAX_BYTES - 1} bytes long: mount the volume and go there step by step",
+            errno=errno.ENAMETOOLONG,
+        )
+    names: list[bytes] = []
+    for name in path.split(b"/"):
+        if name == b"..":
+            if names:
+                names.pop()
+        elif name not in (b"", b"."):
+            names.append(name)
+    return b"/" + b"/".join(names)
+
+
+def components(path: bytes) -> list[bytes]:
+    """Return the names of a normalized path; none for the root."""
+    return [name for name in path.split(b"/") if name]
+
+
+def shown(text: str | bytes) -> str:
+    """Return a path as it may stand in a one-line message: bytes that are no text, and line breaks, are escaped."""
+    raw = os.fsencode(text) if isinstance(text, str) else text
+    decoded = raw.decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in decoded)

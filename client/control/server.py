@@ -102,10 +102,11 @@ class ControlServer:
         if server is None:
             return
         endpoint.remove(self._directory)
-        server.close()
-        # A connection that was just accepted reaches _accept() some turns of the loop later; it must not outlive this.
+        # Nobody finds the socket any more. A connection that was just accepted reaches _accept() some turns of the loop
+        # later; asyncio 3.11 loses it, unclosed, if its server is closed in between.
         for _ in range(_ACCEPT_TURNS):
             await asyncio.sleep(0)
+        server.close()
         if self._connections:
             await asyncio.wait(self._connections, timeout=drain_s)
         for task in self._connections:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from chunkstore.geometry import MIB
+from metasvc.model import ROOT_INO, Ino
 
 # A sole session sees every change itself, so that the kernel may keep names and attributes. An hour, not forever: an
 # entry that should have been invalidated and was not heals by itself.
@@ -17,6 +18,8 @@ SHARED_TIMEOUT_S: Final = 1.0
 class VfsOptions:
     """Hold the settings of one vfs."""
 
+    root: Ino = ROOT_INO
+    """The directory at which the volume appears (`--subdir`); nothing above it can be reached by name."""
     entry_timeout_s: float = SHARED_TIMEOUT_S
     """How long the kernel may keep a name."""
     attr_timeout_s: float = SHARED_TIMEOUT_S
@@ -49,9 +52,10 @@ class VfsOptions:
     """For how many closed files the map version last seen by the kernel is remembered (page cache kept on open)."""
 
     @classmethod
-    def sole_session(cls, *, read_only: bool = False) -> VfsOptions:
+    def sole_session(cls, *, root: Ino = ROOT_INO, read_only: bool = False) -> VfsOptions:
         """Return the settings for the only session of a volume (an embedded volume): the kernel caches names long."""
         return cls(
+            root=root,
             entry_timeout_s=SOLE_SESSION_TIMEOUT_S,
             attr_timeout_s=SOLE_SESSION_TIMEOUT_S,
             negative_timeout_s=SOLE_SESSION_TIMEOUT_S,

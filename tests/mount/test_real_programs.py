@@ -28,7 +28,6 @@ from tests.mount.mounted import MountedVolume
 from tests.mount.trees import describe, differences, make_tree, set_times
 
 PROGRAMS: Final = Path(__file__).with_name("programs")
-POSTGRESQL: Final = Path("/usr/lib/postgresql/15/bin")
 PROGRAM_TIMEOUT_S: Final = 300
 
 pytestmark = pytest.mark.timeout(600)
@@ -400,10 +399,11 @@ def test_numpy_arrays_mapped_into_memory_are_written_and_read_back_the_same(moun
 class PostgreSQL:
     """Hold a database cluster on the mount, served on a unix socket only, by a user that is not root."""
 
-    def __init__(self, data: Path, socket_directory: Path) -> None:
+    def __init__(self, programs: Path, data: Path, socket_directory: Path) -> None:
+        self.programs = programs
         self.data = data
         self.socket_directory = socket_directory
-        # Debian's package makes the user `postgres`; where it came otherwise, anybody but root will do.
+        # Anybody but root will do; Debian's package makes the user `postgres`.
         names = {entry.pw_name: entry for entry in pwd.getpwall()}
         self.user = pwd.getpwuid(os.geteuid())
         if self.user.pw_uid == 0:
@@ -414,7 +414,7 @@ class PostgreSQL:
         """Run one of PostgreSQL's programs as the cluster's user."""
         environment = {"PGHOST": str(self.socket_directory), "PGUSER": "bench", "PGDATABASE": "postgres", "PGTZ": "UTC"}
         # Not in pytest's directories, which that user may not enter.
-        return run(POSTGRESQL / program, *arguments, cwd=Path("/"), environment=environment, user=self.user)
+        return run(self.programs / program, *arguments, cwd=Path("/"), environment=environment, user=self.user)
 
     def query(self, sql: str) -> str:
         """Return what a query answers, unaligned, without headings."""
@@ -460,9 +460,9 @@ def socket_directory() -> Iterator[Path]:
     [pytest.param(1, 60, id="short"), pytest.param(10, 2000, id="long", marks=pytest.mark.slow)],
 )
 def test_postgresql_is_set_up_runs_pgbench_recovers_from_a_crash_and_verifies_its_checksums(
-    mounted_volume: MountedVolume, socket_directory: Path, scale: int, transactions: int
+    mounted_volume: MountedVolume, postgresql_programs: Path, socket_directory: Path, scale: int, transactions: int
 ) -> None:
-    cluster = PostgreSQL(mounted_volume.path / "pgdata", socket_directory)
+    cluster = PostgreSQL(postgresql_programs, mounted_volume.path / "pgdata", socket_directory)
     cluster.data.mkdir(mode=0o700)
     os.chown(cluster.data, cluster.user.pw_uid, cluster.user.pw_gid)
     cluster.run(

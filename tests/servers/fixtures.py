@@ -13,6 +13,7 @@ import pytest
 
 from tests.servers.buckets import Bucket
 from tests.servers.faults import FaultProxy
+from tests.servers.postgresql import postgresql_programs_for_all
 from tests.servers.seaweedfs import SeaweedFS
 
 _numbers = itertools.count(1)
@@ -46,3 +47,10 @@ def fault_proxy(s3_server: SeaweedFS, seed: int) -> Iterator[FaultProxy]:
     """Put a proxy before the server; `bucket.at(fault_proxy.endpoint)` goes through it."""
     with FaultProxy(s3_server.endpoint, seed=seed) as proxy:
         yield proxy
+
+
+@pytest.fixture(scope="session")
+def postgresql_programs() -> Iterator[Path]:
+    """Find PostgreSQL's programs: a directory that any user may enter. Nothing of it runs yet."""
+    with postgresql_programs_for_all() as directory:
+        yield directory

@@ -52,10 +52,11 @@ class NotOwner(AtollError):
     errno = E.EBUSY
     retryable = True
 
-    def __init__(self, owner: str, expires_in_s: float) -> None:
-        super().__init__(f"the volume is owned by {owner}")
+    def __init__(self, owner: str, expires_in_s: float, *, pid: int | None = None) -> None:
+        super().__init__(f"the volume is owned by {owner}" + (f" (process {pid})" if pid is not None else ""))
         self.owner = owner
         self.expires_in_s = expires_in_s
+        self.pid = pid
 
 
 class Fenced(AtollError):

@@ -1,1 +1,62 @@
-"""The stores' schemas as numbered SQL files."""
+"""The stores' schemas as numbered SQL files, one directory for each database.
+
+``NNNN_what.sql``, numbered from 0001 without a gap. A file that was released is never changed: the next change of the
+schema is the next file. Files are plain statements that end with ``;``, without BEGIN, COMMIT or PRAGMA: the driver runs
+each file in one transaction and stores its number as the schema version in the same transaction, so that a file is
+applied wholly or not at all, once. There is no way back: an older AtollFS refuses a newer schema.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from dataclasses import dataclass
+from importlib import resources
+from typing import Final
+
+__all__ = ["Migration", "load_migrations"]
+
+_FILE_NAME: Final = re.compile(r"([0-9]{4})_[a-z0-9_]+\.sql")
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """One numbered step of a schema."""
+
+    number: int
+    file_name: str
+    statements: tuple[str, ...]
+    """The SQL statements in order, comments included: SQLite keeps those inside CREATE TABLE with the table."""
+
+
+def load_migrations(database: str) -> tuple[Migration, ...]:
+    """Return the migrations of a database ("sqlite") in order of their numbers, read from the installed package.
+
+    Raises ValueError if the numbers are not 1, 2, 3 … or a file is not made of complete statements.
+    """
+    migrations = []
+    for entry in resources.files(__name__).joinpath(database).iterdir():
+        if not entry.name.endswith(".sql"):
+            continue
+        match = _FILE_NAME.fullmatch(entry.name)
+        if match is None:
+            raise ValueError(f"migrations/{database}/{entry.name} is not named NNNN_what.sql")
+        migrations.append(Migration(int(match[1]), entry.name, split_statements(entry.read_text("utf-8"))))
+    migrations.sort(key=lambda migration: migration.number)
+    if not migrations or [migration.number for migration in migrations] != list(range(1, len(migrations) + 1)):
+        raise ValueError(f"the files of migrations/{database} are not numbered 0001, 0002 … without a gap")
+    return tuple(migrations)
+
+
+def split_statements(script: str) -> tuple[str, ...]:
+    """Return the statements of a script; a ``;`` in a string, a comment or a trigger ends none. ValueError for a rest."""
+    statements = []
+    pending = ""
+    for piece in re.split(r"(?<=;)", script):
+        pending += piece
+        if sqlite3.complete_statement(pending):
+            statements.append(pending.strip())
+            pending = ""
+    if re.sub(r"--[^\n]*|\s", "", pending):
+        raise ValueError(f"not a complete SQL statement: {pending.strip()[:80]!r}")
+    return tuple(statements)

@@ -109,7 +109,8 @@ class ObjectStore(Protocol):
     async def probe(self) -> None:
         """Prove that this bucket works for us: put, get, list and delete a small object under a random key.
 
-        Raises, within about 10 s, what a user must be told: unreachable, wrong key, no such bucket, not writable.
+        Raises, after about 5 s for each step at most, what a user must be told: unreachable, wrong key, no such bucket,
+        not writable.
         """
 
     async def close(self) -> None:

@@ -11,6 +11,7 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Final
 
@@ -44,7 +45,8 @@ async def create_bucket(url: str, *, env: Mapping[str, str]) -> None:
     elif place.scheme == "s3":
         from chunkstore.buckets.cloud import CloudStore
 
-        store = CloudStore(place, env=env, attempt_timeout_s=Limits().attempt_timeout_s)
+        # Without the prefix, because the URL shall be that of the bucket and not of an object in it.
+        store = CloudStore(replace(place, prefix=""), env=env, attempt_timeout_s=Limits().attempt_timeout_s)
         body = _LOCATION.format(place.region).encode() if store.needs_location else b""
         await asyncio.to_thread(_put, store.presigned_put_of_bucket(), body, str(store))
     else:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from chunkstore.buckets import ObjectStore
 
 # Somebody waits at a terminal; a server that is away for longer is reported rather than waited for.
-PROBE_TIMEOUT_S: Final = 10.0
+PROBE_TIMEOUT_S: Final = 5.0
 _PROBE_BYTES: Final = 4096
 
 

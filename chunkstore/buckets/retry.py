@@ -155,7 +155,7 @@ class RetryingStore:
             began = self._clock()
 
     async def probe(self) -> None:
-        """Prove that this bucket works for us, each step within about 10 s, retries included."""
+        """Prove that this bucket works for us, each step within about 5 s, retries included."""
         await probe_store(self)
 
     async def close(self) -> None:
@@ -195,7 +195,7 @@ class RetryingStore:
             await slots.acquire()
         try:
             tally.requests += 1
-            timeout_s = min(self._limits.attempt_timeout_s, deadline - self._clock())
+            timeout_s = max(0.0, min(self._limits.attempt_timeout_s, deadline - self._clock()))
             try:
                 async with asyncio.timeout(timeout_s):
                     result = await attempt()

@@ -81,7 +81,6 @@ class Engine:
         store: VolumeStore,
         *,
         address: str,
-        nonce: str | None = None,
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
         ttl_s: float = OWNER_TTL_S,
         clock_ns: Callable[[], int] = time.time_ns,
@@ -89,9 +88,9 @@ class Engine:
     ) -> Engine:
         """Acquire a volume, load what stays in memory, and end sessions that a crash left behind.
 
-        NotOwner while another process owns it. ``nonce``: see Owner.acquire().
+        NotOwner while another process owns it.
         """
-        owner = await Owner.acquire(store, address=address, nonce=nonce, ttl_s=ttl_s, clock_s=clock_s)
+        owner = await Owner.acquire(store, address=address, ttl_s=ttl_s, clock_s=clock_s)
         engine = cls(store, owner, memory_bytes=memory_bytes, clock_ns=clock_ns)
         try:
             await engine.rows.load_resident()

@@ -37,20 +37,11 @@ class Owner:
 
     @classmethod
     async def acquire(
-        cls,
-        store: VolumeStore,
-        *,
-        address: str,
-        nonce: str | None = None,
-        ttl_s: float = OWNER_TTL_S,
-        clock_s: Callable[[], float] = boottime_s,
+        cls, store: VolumeStore, *, address: str, ttl_s: float = OWNER_TTL_S, clock_s: Callable[[], float] = boottime_s
     ) -> Owner:
-        """Take the ownership. NotOwner while another holds it.
-
-        ``nonce``: that of an owner known to have ended (its process is gone), whose lease need not be waited for.
-        """
+        """Take the ownership. NotOwner while another holds it."""
         sent_s = clock_s()
-        ownership = await store.acquire(nonce=nonce or secrets.token_hex(16), address=address, ttl_s=ttl_s)
+        ownership = await store.acquire(nonce=secrets.token_hex(16), address=address, ttl_s=ttl_s)
         return cls(store, ownership, sent_s=sent_s, ttl_s=ttl_s, clock_s=clock_s)
 
     @property

@@ -33,6 +33,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+from chunkstore.errors import AtollError
 from chunkstore.geometry import MAX_FILE_BYTES, Buffer, SliceId
 from chunkstore.slices import ChunkStore, Sealed, SliceWriter
 from client.vfs import overlay
@@ -361,7 +362,17 @@ class Writing:
             self._commit = None
         for slice_ in batch:
             if not slice_.refs:
-                await slice_.writer.discard()
+                await self._give_up(slice_)
+
+    async def _give_up(self, slice_: PendingSlice) -> None:
+        """Drop a slice that will not be committed."""
+        if slice_.sealed is None:
+            await slice_.writer.discard()
+        elif slice_.sealed.inline is None:
+            try:
+                await self._with.chunks.delete(slice_.sealed.slice_id, slice_.sealed.length)
+            except AtollError:
+                pass  # its objects are named by no map: gc finds them
 
     # -- what needs a still file ---------------------------------------------------------------------------------------
 
@@ -394,7 +405,7 @@ class Writing:
             self._take_inode(inode)
             self.size = size
         for slice_ in empty:
-            await slice_.writer.discard()
+            await self._give_up(slice_)
         return self.shown(inode)
 
     async def set_times(self, caller: Caller, changes: SetAttr) -> Inode:

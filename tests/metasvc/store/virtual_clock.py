@@ -14,6 +14,7 @@ class VirtualClock:
         self._now = start
         self._order = itertools.count()
         self._sleepers: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._arrival = asyncio.Event()
 
     def time(self) -> float:
         """Return the virtual time in seconds."""
@@ -31,7 +32,15 @@ class VirtualClock:
             return
         future = asyncio.get_running_loop().create_future()
         heapq.heappush(self._sleepers, (self._now + delay_s, next(self._order), future))
+        self._arrival.set()
         await future
+
+    async def until_sleepers(self, count: int) -> None:
+        """Wait until this many calls of sleep() are waiting. Raises TimeoutError after 10 s."""
+        async with asyncio.timeout(10):
+            while self.sleepers < count:
+                self._arrival.clear()
+                await self._arrival.wait()
 
     async def advance(self, by_s: float) -> None:
         """Move on, waking sleepers one after the other at their times; each runs before the next is woken."""

@@ -52,7 +52,7 @@ class _Option(str):
     __slots__ = ()
 
     def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
-        return os.fsencode(self)
+        return super().encode("utf-8", "surrogateescape")
 
 
 def _escaped(value: str) -> str:

@@ -8,7 +8,9 @@ The contract in words:
   `.tmp-`. A key that breaks this is a ValueError.
 - An object appears whole or not at all, and is durable when `put` returns (for a directory: file and directory entries are
   fsynced). Objects are never changed in place; a second put replaces the first atomically.
-- A cancelled or failed `put` may or may not have happened; it never leaves a torn object that a reader could see.
+- A cancelled or failed `put` may or may not have happened, or happen later: an attempt that was given up may still be on its
+  way. It never leaves a torn object that a reader could see. So a put repeated after a timeout and then deleted may come
+  back; keys are never reused, and garbage collection finds it.
 - All errors are `AtollError`s of one line: ObjectMissing, ObjectExists, BucketUnavailable (retryable), BucketDenied,
   BucketInvalid, BucketFull.
 """

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from chunkstore.geometry import Buffer
 T = TypeVar("T")
 Verb = Literal["get", "put", "delete", "list", "head"]
 VERBS: Final[tuple[Verb, ...]] = ("get", "put", "delete", "list", "head")
+
+_SILENCE_S: Final = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +79,9 @@ class RetryingStore:
         self._get_slots = asyncio.Semaphore(limits.max_gets)
         self._put_slots = asyncio.Semaphore(limits.max_puts)
         self._tallies: dict[Verb, _Tally] = {verb: _Tally() for verb in VERBS}
+        # When the outage began that was logged last, if it has not ended; and until when no other is logged.
         self._failing_since: float | None = None
+        self._silent_until = -math.inf
 
     def __str__(self) -> str:
         """Name the bucket for messages."""
@@ -222,15 +227,16 @@ class RetryingStore:
             raise BucketUnavailable(
                 f"{error.message} (gave up after {failures} attempts in {now - began:.0f} s)"
             ) from error
-        if self._failing_since is None:
-            # Once per outage, not once per attempt of everybody who waits for its end.
+        # Once per outage, not for each attempt of all who wait for its end; nor for each hiccup of a server that has many.
+        if self._failing_since is None and now >= self._silent_until:
             self._failing_since = now
+            self._silent_until = now + _SILENCE_S
             log.warning("%s; trying again", error)
         tally.retries += 1
         await self._sleep(delay_s)
 
     def _answered(self) -> None:
-        """Note that the store answered, which ends an outage if there was one."""
+        """Note that the store answered, which ends an outage if one was logged."""
         if self._failing_since is not None:
             log.warning("%s: answers again after %.1f s", self, self._clock() - self._failing_since)
             self._failing_since = None

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from typing import Self
 
 import pytest
 
@@ -178,11 +179,11 @@ def test_gcs_and_azure_stores_are_made_of_url_and_environment() -> None:
 # Retries, through the proxy.
 
 
-def _patient(bucket: Bucket, proxy: FaultProxy) -> RetryingStore:
-    """Open the bucket through the proxy, with delays that suit a test; a request may take a second."""
+def _patient(bucket: Bucket, proxy: FaultProxy, *, attempt_timeout_s: float = 1) -> RetryingStore:
+    """Open the bucket through the proxy, with delays that suit a test."""
     return RetryingStore(
-        _bare(bucket.at(proxy.endpoint), attempt_timeout_s=1),
-        limits=Limits(attempt_timeout_s=1),
+        _bare(bucket.at(proxy.endpoint), attempt_timeout_s=attempt_timeout_s),
+        limits=Limits(attempt_timeout_s=attempt_timeout_s),
         policy=RetryPolicy(first_delay_s=0.01, max_delay_s=0.1),
     )
 
@@ -275,6 +276,77 @@ def test_a_put_if_absent_whose_answers_are_all_lost_but_one_is_done_once(
     _run(use())
 
 
+class AlteringProxy:
+    """Pass connections on to a server, changing a word in what the client sends, a number of times."""
+
+    def __init__(self, upstream: str, *, word: bytes, times: int) -> None:
+        host, _, port = upstream.removeprefix("http://").partition(":")
+        self._upstream = host, int(port)
+        self._word = word
+        self.times_left = times
+
+        self._connections: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, HOST)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for connection in self._connections:
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://{HOST}:{self._server.sockets[0].getsockname()[1]}"
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections.add(asyncio.ensure_future(self._pass_on(reader, writer)))
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server_reader, server_writer = await asyncio.open_connection(*self._upstream)
+        try:
+            await asyncio.gather(self._pump(reader, server_writer), self._pump(server_reader, writer))
+        finally:
+            for each in (writer, server_writer):
+                each.transport.abort()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            if self._word in data and self.times_left:
+                self.times_left -= 1
+                data = data.replace(self._word, self._word.swapcase())
+            writer.write(data)
+            await writer.drain()
+
+
+@pytest.mark.parametrize("if_absent", [False, True])
+def test_a_put_that_was_altered_on_its_way_is_sent_again(if_absent: bool, bucket: Bucket) -> None:  # noqa: FBT001
+    data = b"x" * 1000 + b"ALTERME" + b"y" * 200_000
+
+    async def use() -> None:
+        async with AlteringProxy(bucket.endpoint, word=b"ALTERME", times=2) as proxy:
+            store = open_bucket(bucket.at(proxy.endpoint).url, env=bucket.environment)
+            await store.put("a", data, if_absent=if_absent)
+            assert proxy.times_left == 0
+            assert store.counters()["put"].retries == 2
+        assert await _bare(bucket).get("a") == data
+
+    _run(use())
+
+
+def test_checksums_can_be_turned_off_for_servers_that_refuse_them(bucket: Bucket) -> None:
+    async def use() -> None:
+        async with AlteringProxy(bucket.endpoint, word=b"x-amz-checksum-sha256: ", times=1) as proxy:
+            env = {**bucket.environment, "AWS_CHECKSUM_ALGORITHM": "none"}
+            store = open_bucket(bucket.at(proxy.endpoint).url, env=env)
+            await store.put("a", b"1")
+            assert proxy.times_left == 1
+
+    _run(use())
+
+
 def test_what_the_server_refuses_for_good_is_asked_once(bucket: Bucket, fault_proxy: FaultProxy) -> None:
     async def use() -> None:
         store = _patient(bucket, fault_proxy)
@@ -305,7 +377,8 @@ def test_many_calls_get_through_a_server_that_fails_a_third_of_the_time(
     bucket: Bucket, fault_proxy: FaultProxy
 ) -> None:
     async def use() -> None:
-        store = _patient(bucket, fault_proxy)
+        # Long: a put that was given up may still be carried out, even after a later delete.
+        store = _patient(bucket, fault_proxy, attempt_timeout_s=30)
         for fault in (Status(503), LostAnswer(), Dropped(), Torn(3)):
             fault_proxy.inject(fault, fraction=0.1)
 

@@ -337,6 +337,22 @@ def test_an_outage_is_logged_at_its_begin_and_its_end(caplog: pytest.LogCaptureF
     ]
 
 
+def test_a_server_with_many_hiccups_is_logged_every_ten_seconds(caplog: pytest.LogCaptureFixture) -> None:
+    played, script = Time(), Script(*[UNAVAILABLE, None] * 100, None)
+    store = _store(script, played)
+
+    async def use() -> None:
+        for _ in range(100):
+            await store.get("k")
+            played.now += 0.3
+
+    with caplog.at_level(logging.INFO, logger="chunkstore.buckets"):
+        _run(use)
+    assert store.counters()["get"].retries == 100
+    warned = [record for record in caplog.records if record.getMessage().endswith("trying again")]
+    assert len(warned) == 1 + (played.now - 1000) // 10
+
+
 def test_closing_closes_the_store_behind() -> None:
     script = Script(None)
 

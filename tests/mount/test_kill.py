@@ -38,7 +38,7 @@ def blocks_in(volume: MountedVolume, bucket: Bucket | None) -> list[str]:
 def leaked(volume: MountedVolume) -> int:
     """Collect garbage, then return what a second collection still finds in the bucket that nothing refers to."""
     volume.atoll("gc", volume.address)
-    count = volume.document("gc", volume.address)["leaked"]
+    count = volume.document("gc", volume.address)["leaked_objects"]
     assert isinstance(count, int)
     return count
 

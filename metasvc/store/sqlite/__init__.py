@@ -22,9 +22,9 @@ from typing import Final, Self
 
 from metasvc.errors import StoreError, VolumeExists, VolumeMissing
 from metasvc.model import VolumeFormat
-from metasvc.store.sqlite.database import connect_reader, connect_writer, prepare
+from metasvc.store.sqlite.database import connect_reader, connect_writer, prepare, transaction
 from metasvc.store.sqlite.owner_lock import OwnerLock
-from metasvc.store.sqlite.ownership import not_owner, transaction
+from metasvc.store.sqlite.ownership import not_owner
 from metasvc.store.sqlite.rows import apply_batch, delete_some_rows
 from metasvc.store.sqlite.threads import CALL_DEADLINE_S, ConnectionThreads
 from metasvc.store.sqlite.volume import SqliteVolume
@@ -36,6 +36,7 @@ __all__ = ["SqliteStore"]
 _READERS: Final = 4
 _DELETED_AT_ONCE: Final = 5000
 """Rows of one transaction while a volume is deleted: about 20 ms, in which other volumes cannot commit."""
+_DELETE_PAUSE_S: Final = 0.02
 
 
 class SqliteStore:
@@ -90,8 +91,11 @@ class SqliteStore:
         If the process ends in between, the rows that are left go with the next volume that is deleted.
         """
         await self._writer.call(_delete_volume, self._path, tenant, name, int(self._clock() * 1e9))
-        while await self._writer.call(_delete_leftovers):
-            pass
+        left = True
+        while left:
+            left = await self._writer.call(_delete_leftovers)
+            # Writers of other processes poll for the lock: leave it free half of the time.
+            await asyncio.sleep(_DELETE_PAUSE_S)
 
     async def close(self) -> None:
         """Close all handles and the threads' connections; the last connection to the file empties the log into it."""

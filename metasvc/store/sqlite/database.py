@@ -5,21 +5,24 @@ file, ``user_version`` is the number of the last migration. Knows no volume.
 
 Never open() the database file or its ``-shm`` here or anywhere in a process that may have it connected: closing any
 descriptor of a file drops all POSIX locks of the process on it, and SQLite's locks are such. (The one open() below
-is of a file that did not exist.)
+is of a new file that nobody knows.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import sqlite3
+from collections.abc import Iterator
 from typing import Final
 from urllib.parse import quote
 
 from metasvc.errors import SchemaTooNew, StoreError, VolumeMissing
 from metasvc.store.sqlite.foreign_errors import BUSY_TIMEOUT_S, no_database, translated
-from migrations import Migration, load_migrations
+from migrations import load_migrations
 
-__all__ = ["APPLICATION_ID", "connect_reader", "connect_writer", "prepare"]
+__all__ = ["APPLICATION_ID", "connect_reader", "connect_writer", "prepare", "transaction"]
 
 APPLICATION_ID: Final = 0x41746F6C
 """``Atol`` in ASCII, at offset 68 of the file."""
@@ -42,27 +45,20 @@ _PREPARED: Final = 256
 def prepare(path: str, *, create: bool) -> None:
     """Make sure that there is a database with the newest schema. Blocks.
 
-    With ``create`` a missing or empty file becomes one, durably, its directory entry included, readable by its owner only:
-    it holds names and small files of users. Raises VolumeMissing if there is none and ``create`` is false, StoreError
-    for a file that something else wrote, SchemaTooNew for one that a newer AtollFS wrote. Nothing is changed then.
+    With ``create`` a missing file is made, atomically and durably, its directory entry included, and readable by its owner
+    only, for it holds names and small files of users. Raises VolumeMissing if there is none and ``create`` is false,
+    StoreError for a file that something else wrote, SchemaTooNew for one of a newer AtollFS; nothing is changed then.
     """
     if sqlite3.sqlite_version_info < _MIN_SQLITE:
         raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old: install 3.37 or newer")
     with translated(path):
-        if not os.path.exists(path):
+        if not os.path.lexists(path):
             if not create:
                 raise VolumeMissing(f"there is no volume at {path}: make one with atoll format, or check the address")
-            try:
-                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            except FileExistsError:
-                pass  # another process was quicker
+            _create(path)
         elif not os.path.isfile(path):
             raise no_database(path)
-        connection = _connect(path)
-        try:
-            _prepare(connection, path, create=create)
-        finally:
-            connection.close()
+        _update(path)
         # Even if the file was there: whoever made it may have crashed just before this.
         _sync_directory(os.path.dirname(path))
 
@@ -85,6 +81,20 @@ def connect_reader(path: str) -> sqlite3.Connection:
     return connection
 
 
+@contextlib.contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Run the block as one transaction that holds the write lock from its start; durable when it ends without an error."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        # A full disk and some others roll back by themselves.
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
 def _connect(path: str) -> sqlite3.Connection:
     # isolation_level None: transactions begin where the code says BEGIN.
     # mode=rw: a file that somebody removed must not come back as an empty one.
@@ -99,50 +109,51 @@ def _connect(path: str) -> sqlite3.Connection:
     return connection
 
 
-def _prepare(connection: sqlite3.Connection, path: str, *, create: bool) -> None:
-    migrations = load_migrations("sqlite")
-    if _is_current(connection, path, migrations, create=create):
-        return
-    connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
-    connection.execute("PRAGMA synchronous = FULL")
-    (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
-    if mode != "wal":
-        raise StoreError(f"{path} cannot have a write-ahead log: put it on a local file system, not on a network one")
-    connection.execute("BEGIN IMMEDIATE")
+def _create(path: str) -> None:
+    """Make an empty database of ours under another name, then give it its own; nothing if another was quicker."""
+    draft = f"{path}.{os.getpid()}-{secrets.token_hex(8)}.new"
     try:
-        # Again, now that nobody else can write: another process may have been quicker.
-        if not _is_current(connection, path, migrations, create=create):
+        os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        with contextlib.closing(_connect(draft)) as connection:
+            connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
+            connection.execute("PRAGMA synchronous = FULL")
+            (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+            if mode != "wal":
+                raise StoreError(f"{path} cannot have a log: put it on a local file system, not on a network one")
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            for migration in migrations[_version(connection) :]:
+        # Closed, hence the log is in the file and removed. link() fails if the name exists, rename() would replace it.
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)
+    finally:
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(draft + suffix)
+
+
+def _update(path: str) -> None:
+    """Check whose file it is and run the migrations that it lacks, in one transaction."""
+    migrations = load_migrations("sqlite")
+    with contextlib.closing(_connect(path)) as connection:
+        connection.execute("PRAGMA synchronous = FULL")
+        if _version(connection, path, newest=len(migrations)) == len(migrations):
+            return
+        with transaction(connection):
+            # Again, now that nobody else can write: another process may have been quicker.
+            for migration in migrations[_version(connection, path, newest=len(migrations)) :]:
                 for statement in migration.statements:
                     connection.execute(statement)
                 connection.execute(f"PRAGMA user_version = {migration.number}")
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
 
 
-def _is_current(connection: sqlite3.Connection, path: str, migrations: tuple[Migration, ...], *, create: bool) -> bool:
-    """Return whether the schema is the newest. Raises what prepare() says; changes nothing."""
+def _version(connection: sqlite3.Connection, path: str, *, newest: int) -> int:
+    """Return the number of the last migration. Raises what prepare() says."""
+    # It is in the file from its first moment on, so these two reads need not be one.
     (application_id,) = connection.execute("PRAGMA application_id").fetchone()
-    version = _version(connection)
     if application_id != APPLICATION_ID:
-        (objects,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-        # Nothing in it at all: a new file, or one whose making was cut short.
-        if application_id or version or objects or not create:
-            raise no_database(path)
-        return False
-    if version > len(migrations):
-        raise SchemaTooNew(
-            f"{path} has schema version {version}, this AtollFS knows up to {len(migrations)}: upgrade AtollFS"
-        )
-    return version == len(migrations)
-
-
-def _version(connection: sqlite3.Connection) -> int:
+        raise no_database(path)
     (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version > newest:
+        raise SchemaTooNew(f"{path} has schema version {version}, this AtollFS knows up to {newest}: upgrade AtollFS")
     return int(version)
 
 

@@ -43,8 +43,12 @@ class OwnerLock:
 
     def try_lock(self) -> bool:
         """Take the lock unless another has it; True if this object has it now. Does not wait. Raises OSError."""
-        if self.held:
-            return True
+        if self._descriptor is not None:
+            if self._leads_to(self._descriptor):
+                return True
+            # Somebody removed the file, and perhaps another has the lock of the new one: this lock is worth nothing.
+            os.close(self._descriptor)
+            self._descriptor = None
         # Each round but the last lost the file to somebody who removed a volume at that moment.
         for _ in range(100):
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

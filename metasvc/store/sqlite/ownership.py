@@ -8,16 +8,15 @@ whatever happens.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from metasvc.errors import Fenced, NotOwner
 from metasvc.store import Ownership
+from metasvc.store.sqlite.database import transaction
 from metasvc.store.sqlite.owner_lock import OwnerLock
 from metasvc.store.sqlite.rows import apply_batch
 from metasvc.store.tables import Batch
 
-__all__ = ["acquire", "commit", "read_last_batch", "release", "renew", "replace_format", "transaction"]
+__all__ = ["acquire", "commit", "not_owner", "read_last_batch", "release", "renew", "replace_format"]
 
 _OWNED = "id = ? AND owner_nonce = ? AND epoch = ?"
 _COMMIT = f"UPDATE volume SET last_batch = ? WHERE {_OWNED} AND last_batch = ?"
@@ -28,20 +27,6 @@ _ACQUIRE = (
     "UPDATE volume SET owner_nonce = ?, owner_address = ?, owner_expires_ns = ?, epoch = epoch + 1 WHERE id = ? "
     "RETURNING epoch, last_batch"
 )
-
-
-@contextmanager
-def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """Run the block as one transaction that holds the write lock from its start; durable when it ends without an error."""
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        # A full disk and some others roll back by themselves.
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
 
 
 def acquire(

@@ -1,0 +1,35 @@
+"""Commit to volume tenant/volume of a SQLite database until killed: `commit_forever.py DATABASE`.
+
+Batch n sets the length of 50 slices to n, their data to 4,000 bytes made of n, and adds the counter ``batch-n``. When its
+commit returned, the line ``n`` is printed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from chunkstore.geometry import SliceId
+from metasvc.model import Counter, Slice
+from metasvc.store.sqlite import SqliteStore
+from metasvc.store.tables import COUNTER, SLICE, Batch, Row
+
+SLICES = 50
+
+
+async def main(path: str) -> None:
+    """Take the volume over and commit."""
+    store = await SqliteStore.open(path)
+    volume = await store.open_volume("tenant", "volume")
+    owner = await volume.acquire(nonce="of the program", address="program", ttl_s=3600)
+    number = owner.last_batch
+    while True:
+        number += 1
+        data = number.to_bytes(8, "little") * 500
+        slices: list[Row] = [Slice(SliceId(slice_id), number, 1, 0, data) for slice_id in range(SLICES)]
+        await volume.commit(owner, number, Batch({SLICE: slices, COUNTER: [Counter(f"batch-{number}", number)]}, {}))
+        sys.stdout.write(f"{number}\n")
+        sys.stdout.flush()
+
+
+asyncio.run(main(sys.argv[1]))

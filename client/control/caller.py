@@ -65,7 +65,7 @@ class HolderCall:
     @property
     def holder_pid(self) -> int:
         """Return the process id of the holder, as the kernel knows it."""
-        return endpoint.peer(self._connection)[0]
+        return endpoint.peer(self._connection).pid
 
     def run(self, request: Request, *, show: Callable[[Progress], None] | None = None) -> JsonObject:
         """Send the request and return its result, parts joined. RemoteError if the holder answers one; HolderLost."""

@@ -17,7 +17,7 @@ import os
 import socket
 import struct
 from contextlib import suppress
-from typing import Final
+from typing import Final, NamedTuple
 
 from client.control.messages import ControlError
 
@@ -94,17 +94,25 @@ def connect(directory: str, *, timeout_s: float) -> socket.socket | None:
     return connection
 
 
-def peer(connection: socket.socket) -> tuple[int, int]:
-    """Return (pid, uid) of the process at the other end, as the kernel knows them."""
-    pid, uid, _gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return pid, uid
+class Peer(NamedTuple):
+    """The process at the other end of a connection when it connected."""
+
+    pid: int
+    uid: int
+    gid: int
 
 
-def admit(connection: socket.socket) -> tuple[int, int]:
-    """Return (pid, uid) of a peer that is this user or root; ControlError for others."""
-    pid, uid = peer(connection)
-    if uid not in (0, os.geteuid()):
+def peer(connection: socket.socket) -> Peer:
+    """Return who is at the other end, as the kernel knows it."""
+    return Peer(*_UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
+
+
+def admit(connection: socket.socket) -> Peer:
+    """Return a peer that is this user or root; ControlError for others."""
+    found = peer(connection)
+    if found.uid not in (0, os.geteuid()):
         raise ControlError(
-            f"user {uid} may not control this volume: ask as the user who mounted it or as root", errno=errno.EACCES
+            f"user {found.uid} may not control this volume: ask as the user who mounted it or as root",
+            errno=errno.EACCES,
         )
-    return pid, uid
+    return found

@@ -18,6 +18,7 @@ from typing import Final, Protocol, Self
 
 from chunkstore.errors import AtollError
 from client.control import endpoint
+from client.control.endpoint import Peer
 from client.control.messages import (
     HEARTBEAT_S,
     MAX_REQUEST_BYTES,
@@ -58,8 +59,8 @@ class Report(Protocol):
         """Hand over rows of the result. Waits for a slow reader."""
 
 
-Handler = Callable[[Request, int, Report], Awaitable[JsonObject]]
-"""Runs a request of a user (uid) and returns its result; AtollErrors are answered as they are."""
+Handler = Callable[[Request, Peer, Report], Awaitable[JsonObject]]
+"""Runs a request of a peer and returns its result; AtollErrors are answered as they are."""
 
 Unexpected = Callable[[Request, BaseException], None]
 """Logs an exception that no handler should raise."""
@@ -141,11 +142,11 @@ class ControlServer:
         request: Request | None = None
         try:
             sock: socket.socket = writer.get_extra_info("socket")
-            _pid, uid = endpoint.admit(sock)
+            peer = endpoint.admit(sock)
             if len(self._connections) > MAX_CONNECTIONS:
                 raise ControlError("too many commands at once: try again later", retryable=True)
             request = decode_request(await self._read_line(reader))
-            result = await self._run(request, uid, reader, writer)
+            result = await self._run(request, peer, reader, writer)
             reply = encode_result(result)
         except AtollError as error:
             reply = encode_error(error)
@@ -169,11 +170,11 @@ class ControlServer:
             raise ControlError(f"no request within {self._ask_s:g} s") from error
 
     async def _run(
-        self, request: Request, uid: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, request: Request, peer: Peer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> JsonObject:
         """Run a request with its heartbeat, until it ends or its command hangs up: then cancel it, and _PeerGone."""
         report = _ConnectionReport(writer, self._read_s)
-        work = asyncio.ensure_future(self._handler(request, uid, report))
+        work = asyncio.ensure_future(self._handler(request, peer, report))
         hangup = asyncio.ensure_future(reader.read(1))
         beat = asyncio.ensure_future(report.beat())
         try:

@@ -8,7 +8,7 @@ import os
 import socket
 import stat
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ import pytest
 from chunkstore.errors import AtollError, BucketFull
 from client.control import endpoint
 from client.control.caller import HolderCall, HolderLost, call_holder
+from client.control.endpoint import Peer
 from client.control.messages import ControlError, Items, Progress, RemoteError, Request, decode_reply, encode_request
 from client.control.server import MAX_CONNECTIONS, ControlServer, Report
 
-Handle = Callable[[Request, int, Report], Awaitable[dict[str, Any]]]
 DEADLINE_S = 20
 
 
@@ -34,9 +34,9 @@ class Holder:
         self.withdrawn = threading.Event()
         self.running = threading.Event()
 
-    async def handle(self, request: Request, uid: int, report: Report) -> dict[str, Any]:
+    async def handle(self, request: Request, peer: Peer, report: Report) -> dict[str, Any]:
         if request.name == "echo":
-            return {"params": request.params, "uid": uid}
+            return {"params": request.params, "uid": peer.uid}
         if request.name == "parts":
             report.progress(Progress("working", 1, 3, "files"))
             for number in range(3):

@@ -1,0 +1,164 @@
+"""``gc``: delete the objects that nothing needs.
+
+Owns the order of its steps and the rule of what is nobody's. Three kinds go: garbage (slices that lost their last reference,
+noted by the owner), trash whose time is up, and *leaked* objects, which no row knows: a writer uploaded them and died before
+it committed.
+
+Why nothing that lives is deleted: an object is taken for leaked if its slice is not live in the table of its group, which was
+read before the object was listed; then, one after the other, the id may not be pending (handed out to a live session, which
+may still commit it), and the slice may still not be live. A commit makes a slice live before its session could end, so one
+of the two holds at any moment for a slice that will be needed. While other sessions live, objects younger than an hour
+are left alone besides.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from chunkstore.buckets import MAX_DELETE_KEYS
+from chunkstore.geometry import SLICES_PER_PREFIX, ObjectId, block_count, block_key, parse_block_key
+from client.admin.asking import Asked
+from client.admin.live import LiveGroup, has_block, live_slice
+from client.control.messages import JsonObject
+from client.volume import OpenVolume
+from metasvc.model import Garbage
+
+SAFETY_AGE_S: Final = 3600.0
+GARBAGE_AT_ONCE: Final = 500
+TRASH_AT_ONCE: Final = 200
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a collection found and did."""
+
+    expired_entries: int = 0
+    garbage_slices: int = 0
+    garbage_objects: int = 0
+    listed_objects: int = 0
+    leaked_objects: int = 0
+    leaked_bytes: int = 0
+    deleted_objects: int = 0
+    foreign_objects: int = 0
+    """Below the volume's prefix but with a key that no block has: not ours to delete."""
+
+
+async def gc(asked: Asked) -> JsonObject:
+    """Collect garbage, expired trash and leaked objects. A second run right after it finds nothing leaked."""
+    dry_run = asked.params.flag("dry_run")
+    asked.params.done()
+    volume = asked.volume
+    tally = Tally()
+    if not dry_run:
+        tally.expired_entries = await expire_trash(volume, progress=asked)
+    await collect_garbage(volume, tally, dry_run=dry_run, progress=asked)
+    await _collect_leaked(asked, tally, dry_run=dry_run)
+    return {
+        "dry_run": dry_run,
+        "expired_trash_entries": tally.expired_entries,
+        "garbage_slices": tally.garbage_slices,
+        "garbage_objects": tally.garbage_objects,
+        "listed_objects": tally.listed_objects,
+        "leaked_objects": tally.leaked_objects,
+        "leaked_bytes": tally.leaked_bytes,
+        "deleted_objects": tally.deleted_objects,
+        "foreign_objects": tally.foreign_objects,
+    }
+
+
+async def expire_trash(volume: OpenVolume, *, limit: int = TRASH_AT_ONCE, progress: Asked | None = None) -> int:
+    """Remove for good what lies in the trash for longer than the volume's format says; how many entries."""
+    before_ns = time.time_ns() - int(volume.format.trash_days * 86400e9)
+    removed = 0
+    while count := await volume.admin.trash_expire(before_ns=before_ns, limit=limit):
+        removed += count
+        if progress is not None:
+            progress.progress("expiring trash", removed, unit="entries")
+    return removed
+
+
+async def collect_garbage(
+    volume: OpenVolume, tally: Tally, *, dry_run: bool = False, progress: Asked | None = None
+) -> None:
+    """Delete the objects of slices that nothing refers to any more, then forget them. Errors of the bucket.
+
+    Objects first: a crash in between leaves the row, and deleting twice does no harm.
+    """
+    admin = volume.admin
+    while rows := await admin.garbage(before_ns=time.time_ns(), limit=GARBAGE_AT_ONCE):
+        objects = sum(block_count(row.length, volume.format.block_bytes) for row in rows)
+        tally.garbage_slices += len(rows)
+        tally.garbage_objects += objects
+        if dry_run:
+            # The owner hands out the first rows only, and they stay: the rest is not counted.
+            return
+        await delete_slices(volume, rows)
+        await admin.garbage_deleted([row.slice_id for row in rows])
+        tally.deleted_objects += objects
+        if progress is not None:
+            progress.progress("deleting garbage", tally.deleted_objects, unit="objects")
+
+
+async def delete_slices(volume: OpenVolume, rows: list[Garbage]) -> None:
+    """Delete the objects of slices, and in a mount their images."""
+    if volume.mounting is not None:
+        await volume.mounting.chunks.delete_many([(row.slice_id, row.length) for row in rows])
+        return
+    keys = [
+        block_key(volume.format.uuid, row.slice_id, index)
+        for row in rows
+        for index in range(block_count(row.length, volume.format.block_bytes))
+    ]
+    for start in range(0, len(keys), MAX_DELETE_KEYS):
+        await volume.bucket().delete(keys[start : start + MAX_DELETE_KEYS])
+
+
+async def _collect_leaked(asked: Asked, tally: Tally, *, dry_run: bool) -> None:
+    volume = asked.volume
+    bucket = volume.bucket()
+    own_session = 0 if volume.mounting is None else 1
+    others = len((await volume.admin.status()).sessions) > own_session
+    youngest_ns = time.time_ns() - int(SAFETY_AGE_S * 1e9) if others else None
+    group: LiveGroup | None = None
+    leaked: list[str] = []
+
+    async def delete_leaked() -> None:
+        if leaked and not dry_run:
+            await bucket.delete(leaked)
+            tally.deleted_objects += len(leaked)
+        leaked.clear()
+
+    async for info in bucket.list(f"{volume.format.uuid}/"):
+        tally.listed_objects += 1
+        if tally.listed_objects % 1000 == 0:
+            asked.progress("listing objects", tally.listed_objects, unit="objects")
+        found = parse_block_key(info.key)
+        if found is None:
+            tally.foreign_objects += 1
+            continue
+        number = found.slice_id // SLICES_PER_PREFIX
+        if group is None or group.number != number:
+            group = await LiveGroup.load(volume.admin, number, volume.format.block_bytes)
+        if group.names(found) or (youngest_ns is not None and info.mtime_ns > youngest_ns):
+            continue
+        if not await _is_leaked(volume, found):
+            continue
+        tally.leaked_objects += 1
+        tally.leaked_bytes += info.size_bytes
+        leaked.append(info.key)
+        if len(leaked) == MAX_DELETE_KEYS:
+            await delete_leaked()
+    await delete_leaked()
+
+
+async def _is_leaked(volume: OpenVolume, found: ObjectId) -> bool:
+    # In this order: see the module's text.
+    if await volume.admin.is_pending(found.slice_id):
+        return False
+    row = await live_slice(volume.admin, found.slice_id)
+    if row is None:
+        # A staged slice is not committed yet, or was staged by a mount that died: its upload is still to come.
+        return volume.mounting is None or not volume.mounting.chunks.is_staged(found.slice_id)
+    return not has_block(row, found.block_index, volume.format.block_bytes)

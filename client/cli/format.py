@@ -1,0 +1,206 @@
+"""``atoll format ADDRESS``: make an embedded volume.
+
+Everything is checked before anything is made: the address, the options, the bucket with a probe. The volume is built in a
+directory of its own beside the address and renamed to it, so that no half-made one can be seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+import time
+import uuid
+from typing import Any
+
+import click
+
+from chunkstore.errors import AtollError
+from client.address import META_DB, OBJECTS, AddressInvalid, EmbeddedAddress, parse_address, shown, split_path
+from client.cli.options import COUNT, DAYS, SIZE, json_option
+from client.cli.output import echo_json, limit
+from client.sizes import format_size
+from metasvc.errors import VolumeExists
+from metasvc.model import VolumeFormat
+
+
+class BlockSizeType(click.ParamType[int]):
+    """A block size: a power of two of 64 KiB to 16 MiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from chunkstore.geometry import is_block_size
+
+        size: int = SIZE.convert(value, param, ctx)
+        if not is_block_size(size):
+            self.fail(f"{value!r} is no block size: give a power of two from 64KiB to 16MiB", param, ctx)
+        return size
+
+
+class CompressionType(click.ParamType[str]):
+    """``none`` or ``zstd:N``."""
+
+    name = "none|zstd:N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from chunkstore.block import Codec
+
+        try:
+            return str(Codec.parse(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+@click.command("format")
+@click.argument("address")
+@click.option(
+    "--bucket", metavar="URL", help="Where the bytes go: s3://, gs://, az://, file:///dir  [default: in ADDRESS]"
+)
+@click.option("--create-bucket", is_flag=True, help="Make the bucket or directory if it is missing.")
+@click.option(
+    "--block-size", type=BlockSizeType(), default="4MiB", show_default=True, help="What is stored as one object."
+)
+@click.option(
+    "--compression", type=CompressionType(), default="zstd:1", show_default=True, help="Of blocks that shrink."
+)
+@click.option("--capacity", type=SIZE, default="0", help="Limit of the volume's space  [default: unlimited]")
+@click.option("--inodes", type=COUNT, default=0, help="Limit of files and directories  [default: unlimited]")
+@click.option("--trash-days", type=DAYS, default=1.0, show_default=True, help="How long removed files are kept.")
+@click.option(
+    "--inline-limit", type=SIZE, default="32KiB", show_default=True, help="Files up to this lie with the metadata."
+)
+@json_option
+def command(
+    address: str,
+    *,
+    bucket: str | None,
+    create_bucket: bool,
+    block_size: int,
+    compression: str,
+    capacity: int,
+    inodes: int,
+    trash_days: float,
+    inline_limit: int,
+    as_json: bool,
+) -> None:
+    """Make a volume at ADDRESS, a directory that is absent or empty.
+
+    Without --bucket its bytes lie in ADDRESS/objects. Keys of a bucket are read from the environment of each command.
+    """
+    from client.volume import DEFAULT_BUCKET, NAME, TENANT
+
+    if split_path(address)[1] is not None:
+        raise click.UsageError(f"{shown(address)} names a path in a volume: give the directory of the volume only")
+    if inline_limit > min(block_size, 64 << 10):
+        raise click.UsageError("--inline-limit is at most 64KiB and at most the block size: give a smaller one")
+    if create_bucket and bucket is None:
+        raise click.UsageError("--create-bucket goes with --bucket: leave it out, the directory objects is always made")
+    where = parse_address(address)
+    volume_format = VolumeFormat(
+        uuid=str(uuid.uuid4()),
+        tenant=TENANT,
+        name=NAME,
+        bucket_url=bucket if bucket is not None else DEFAULT_BUCKET,
+        block_bytes=block_size,
+        compression=compression,
+        inline_limit_bytes=inline_limit,
+        capacity_bytes=capacity,
+        max_inodes=inodes,
+        trash_days=trash_days,
+        created_ns=time.time_ns(),
+    )
+    _check_free(where)
+    asyncio.run(_make(where, volume_format, create_bucket=create_bucket))
+    if as_json:
+        from client.admin.status import format_json
+
+        echo_json({"address": str(where), "format": format_json(volume_format)})
+        return
+    place = bucket if bucket is not None else where.objects
+    click.echo(f"{shown(str(where))}: volume {volume_format.uuid}, bytes in {shown(place)}")
+    click.echo(
+        f"blocks of {format_size(block_size)}, compression {compression}, capacity {limit(capacity)}, "
+        f"trash kept for {trash_days:g} days"
+    )
+    if bucket is not None and bucket.startswith("file:"):
+        click.echo(f"every node that mounts the volume must reach the directory {shown(place)} under that path")
+
+
+def _check_free(address: EmbeddedAddress) -> None:
+    """Refuse an address where there is something. Changes nothing."""
+    where = shown(str(address))
+    if os.path.lexists(address.meta_db):
+        raise VolumeExists(f"there is a volume at {where} already: mount it, or choose another directory")
+    parent = os.path.dirname(address.directory)
+    if os.path.lexists(address.directory):
+        if not os.path.isdir(address.directory):
+            raise AddressInvalid(f"{where} is a file: give a directory that is absent or empty")
+        if os.listdir(address.directory):
+            raise AddressInvalid(f"{where} is not empty: give a directory that is absent or empty")
+        if os.path.ismount(address.directory):
+            raise AddressInvalid(f"{where} is a mount point: give a directory on it")
+    elif not os.path.isdir(parent):
+        raise AddressInvalid(
+            f"there is no directory {shown(parent)}: create it, or choose another place for the volume"
+        )
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise AddressInvalid(f"{shown(parent)} cannot be written: choose a place of yours, or run as root")
+
+
+async def _make(address: EmbeddedAddress, volume_format: VolumeFormat, *, create_bucket: bool) -> None:
+    """Probe the bucket, build the volume beside its address, and move it there. On any error nothing is left."""
+    from client.volume import DEFAULT_BUCKET
+    from metasvc.engine import first_rows
+    from metasvc.store.open import open_store
+
+    if volume_format.bucket_url != DEFAULT_BUCKET:
+        await _prepare_bucket(address, volume_format.bucket_url, create=create_bucket)
+    draft = f"{address.directory}.format-{secrets.token_hex(4)}"
+    try:
+        os.mkdir(draft, 0o700)
+        if volume_format.bucket_url == DEFAULT_BUCKET:
+            os.mkdir(os.path.join(draft, OBJECTS), 0o700)
+        store = await open_store(f"sqlite:///{draft}/{META_DB}", create=True)
+        try:
+            rows = first_rows(volume_format, uid=os.geteuid(), gid=os.getegid())
+            await store.create_volume(volume_format, rows)
+        finally:
+            await store.close()
+        _sync_directory(draft)
+        # Replaces an empty directory, and nothing else: ENOTEMPTY if somebody was quicker.
+        os.rename(draft, address.directory)
+        _sync_directory(os.path.dirname(address.directory))
+    except BaseException as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        if isinstance(error, OSError):
+            where = shown(str(address))
+            raise AtollError(
+                f"{where}: {error.strerror}: choose another place for the volume", errno=error.errno
+            ) from error
+        raise
+
+
+async def _prepare_bucket(address: EmbeddedAddress, url: str, *, create: bool) -> None:
+    from chunkstore.buckets import Limits
+    from client.volume import open_volume_bucket
+
+    # A bad URL or missing keys are told before a bucket is made.
+    bucket = open_volume_bucket(address, url, env=os.environ, limits=Limits(attempt_timeout_s=5.0, budget_s=10.0))
+    try:
+        if create:
+            from chunkstore.buckets.create import create_bucket
+
+            await create_bucket(url, env=os.environ)
+        await bucket.probe()
+    finally:
+        await bucket.close()
+
+
+def _sync_directory(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

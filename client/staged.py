@@ -1,0 +1,92 @@
+"""What the last mount of a volume left on this node: where its cache is, and which slices in it wait for upload.
+
+Owns the file ``mount.json`` in the directory of an embedded volume: one JSON object that the mount writes when it starts and
+leaves there. Commands that find no holder look there: data that durability ``local`` acknowledged lie in that cache until the
+volume is mounted again, and are no loss.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from chunkstore.geometry import SliceId
+from client.address import EmbeddedAddress
+from metasvc.model import VolumeFormat
+
+RECORD_NAME: Final = "mount.json"
+VERSION: Final = 1
+MAX_RECORD_BYTES: Final = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class MountRecord:
+    """What a mount says of itself."""
+
+    pid: int
+    host: str
+    mountpoint: str
+    cache_dir: str
+    """The directory for the caches of all volumes."""
+    log_path: str
+    started_ns: int
+
+
+def write_record(address: EmbeddedAddress, record: MountRecord) -> None:
+    """Replace the record. OSError where the volume's directory cannot be written."""
+    path = os.path.join(address.directory, RECORD_NAME)
+    temporary = f"{path}.{os.getpid()}"
+    with open(temporary, "w", encoding="ascii", opener=_private) as file:
+        json.dump({"version": VERSION, **asdict(record)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def read_record(address: EmbeddedAddress) -> MountRecord | None:
+    """Return what the last mount wrote; None if there was none, or what is there cannot be read."""
+    try:
+        with open(os.path.join(address.directory, RECORD_NAME), "rb") as file:
+            document = json.loads(file.read(MAX_RECORD_BYTES))
+        if document.pop("version") != VERSION:
+            return None
+        record = MountRecord(**document)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    texts = (record.host, record.mountpoint, record.cache_dir, record.log_path)
+    numbers = (record.pid, record.started_ns)
+    sound = all(isinstance(text, str) for text in texts) and all(type(number) is int for number in numbers)
+    return record if sound else None
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """Slices that are sealed, maybe committed, and not in the bucket yet."""
+
+    cache_dir: str
+    """Where they lie; empty if nothing is known."""
+    slices: frozenset[SliceId]
+    size_bytes: int
+
+
+def staged_before(address: EmbeddedAddress, volume_format: VolumeFormat) -> Staged:
+    """Return what earlier mounts left staged in the cache that the last one used. Reads one directory; never raises OSError."""
+    from chunkstore.images.directory import CacheDirectory
+    from chunkstore.images.disk import Disk
+
+    record = read_record(address)
+    if record is None:
+        return Staged("", frozenset(), 0)
+    root = Path(record.cache_dir) / volume_format.uuid
+    try:
+        names = CacheDirectory(root, block_bytes=volume_format.block_bytes, disk=Disk()).staged_names()
+    except OSError:
+        return Staged("", frozenset(), 0)
+    return Staged(record.cache_dir, frozenset(name.slice_id for name in names), sum(name.length for name in names))

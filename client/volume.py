@@ -1,0 +1,259 @@
+"""An open volume: the composition of store, engine, bucket and, in a mount, chunk store, that every command works on.
+
+Owns opening and closing in the right order, and acquiring an embedded volume while its last holder is still ending. This is
+the one place outside client.cli that knows which store and which engine there are. Must not know commands or FUSE.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol
+
+from chunkstore.errors import AtollError
+from client.address import EmbeddedAddress, shown
+from client.control.messages import JsonObject
+from metasvc.api import MetaClient
+from metasvc.api.admin import MetaAdmin
+from metasvc.errors import NotOwner, VolumeMissing
+from metasvc.model import Caller, Ino, SessionId, VolumeFormat
+
+if TYPE_CHECKING:
+    from chunkstore.buckets import Limits, VerbCounters
+    from chunkstore.buckets.retry import RetryingStore
+    from chunkstore.slices import ChunkStore
+    from metasvc.engine import Engine
+    from metasvc.store import VolumeStore
+
+TENANT: Final = "local"
+NAME: Final = "default"
+"""What the one volume of an embedded database is called there."""
+DEFAULT_BUCKET: Final = "file:objects"
+"""The bucket URL of a volume whose objects lie beside its metadata: they move together."""
+HOLDER_WAIT_S: Final = 10.0
+"""How long a command waits for a holder that is ending."""
+POLL_S: Final = 0.05
+MOUNT_OWNER: Final = "the mount at "
+"""How the owner's address of a mount begins; its mount point follows."""
+
+
+class VolumeBusy(AtollError):
+    """Say who holds a volume, and how to get it."""
+
+    code = "volume-busy"
+    errno = NotOwner.errno
+    retryable = True
+
+
+def busy(error: NotOwner) -> VolumeBusy:
+    """Return the refusal that names the holder and the remedy."""
+    process = f"pid {error.pid}" if error.pid is not None else f"for up to {error.expires_in_s:.0f} s more"
+    if error.owner.startswith(MOUNT_OWNER):
+        where = shown(error.owner.removeprefix(MOUNT_OWNER))
+        return VolumeBusy(f"the volume is mounted at {where} ({process}): end that with `atoll umount {where}`")
+    return VolumeBusy(f"the volume is in use by {error.owner} ({process}): wait for it to end")
+
+
+class Mounting(Protocol):
+    """What operations need of the mount in whose process they run."""
+
+    @property
+    def subdir(self) -> bytes:
+        """Return the directory that the mount shows as its root; normally ``/``."""
+        ...
+
+    @property
+    def is_ending(self) -> bool:
+        """Return whether the mount is gone from the file system and its data are being uploaded."""
+        ...
+
+    @property
+    def chunks(self) -> ChunkStore:
+        """Return the chunk store of the mount."""
+        ...
+
+    def describe(self) -> JsonObject:
+        """Return what ``atoll status`` shows of the holder."""
+        ...
+
+    def caller(self, uid: int, gid: int) -> Caller:
+        """Return credentials with the next request id of the mount's session."""
+        ...
+
+    async def flush(self) -> None:
+        """Commit what programs have written so far; raises if something cannot be made durable."""
+        ...
+
+    def entry_changed(self, parent: Ino, name: bytes) -> None:
+        """Tell the kernel that a name changed past it."""
+        ...
+
+    def metrics_text(self) -> str:
+        """Return the mount's metrics as Prometheus text."""
+        ...
+
+
+class OpenVolume:
+    """One open volume. Made by open_volume(); commands and the mount share it."""
+
+    def __init__(
+        self, address: EmbeddedAddress, *, engine: Engine, env: Mapping[str, str], closing: AsyncExitStack
+    ) -> None:
+        """Take an engine that owns the volume; what is opened later is closed with ``closing``."""
+        from metasvc.engine import EngineAdmin, EngineSession
+
+        self.address = address
+        self.engine = engine
+        self.admin: MetaAdmin = EngineAdmin(engine)
+        # For reading by commands: it opens no file, so it needs no row that a crash would leave behind.
+        self.meta: MetaClient = EngineSession(engine, SessionId(0))
+        self.mounting: Mounting | None = None
+        """Set by the mount, if this process is one."""
+        self._env = env
+        self._closing = closing
+        self._bucket: RetryingStore | None = None
+        self._request_ids = count(1)
+
+    @property
+    def format(self) -> VolumeFormat:
+        """Return the volume's format."""
+        return self.engine.format
+
+    def caller(self, uid: int, gid: int) -> Caller:
+        """Return credentials for one call that changes something."""
+        if self.mounting is not None:
+            return self.mounting.caller(uid, gid)
+        return Caller(uid, gid, (), 0, next(self._request_ids))
+
+    def bucket(self) -> RetryingStore:
+        """Return the volume's bucket, opened at the first call and closed with the volume. Sends nothing.
+
+        BucketDenied where its keys are missing from the environment.
+        """
+        if self._bucket is None:
+            self._bucket = open_volume_bucket(self.address, self.format.bucket_url, env=self._env)
+            self._closing.push_async_callback(self._bucket.close)
+        return self._bucket
+
+    def bucket_counters(self) -> Mapping[str, VerbCounters]:
+        """Return what was counted of requests to the bucket, by verb; nothing if it was not opened."""
+        return {} if self._bucket is None else self._bucket.counters()
+
+    def meta_counters(self) -> dict[str, int]:
+        """Return the counters of the engine, without asking it anything: for the virtual file of the mount."""
+        engine = self.engine
+        return {
+            "operations_total": engine.operations_total,
+            "restarts_total": engine.restarts_total,
+            "loads_total": engine.rows.loads_total,
+            "batches_total": engine.committer.batches_total,
+            "changes_total": engine.committer.changes_total,
+        }
+
+    @asynccontextmanager
+    async def session(self, *, mountpoint: str) -> AsyncIterator[MetaClient]:
+        """Begin a session that may write, and end it."""
+        from metasvc.engine import EngineSession
+
+        session = await EngineSession.begin(
+            self.engine, host=socket.gethostname(), pid=os.getpid(), mountpoint=mountpoint
+        )
+        async with session:
+            yield session
+
+
+def open_volume_bucket(
+    address: EmbeddedAddress, bucket_url: str, *, env: Mapping[str, str], limits: Limits | None = None
+) -> RetryingStore:
+    """Return the bucket of a volume; the default one is found relative to the address. Sends nothing."""
+    from chunkstore.buckets import Limits, open_bucket
+
+    if bucket_url != DEFAULT_BUCKET:
+        return open_bucket(bucket_url, env=env, limits=limits)
+    # Not by a URL: a directory's name may hold what has a meaning in URLs.
+    from chunkstore.buckets.directory import DirectoryStore
+    from chunkstore.buckets.retry import RetryingStore
+
+    return RetryingStore(DirectoryStore(address.objects), limits=limits or Limits())
+
+
+def check_is_volume(address: EmbeddedAddress) -> None:
+    """Raise VolumeMissing, with the remedy, unless an address names the directory of a volume."""
+    if os.path.isfile(address.meta_db):
+        return
+    where = shown(str(address))
+    if not os.path.lexists(address.directory):
+        raise VolumeMissing(
+            f"there is no volume at {where}: make one with `atoll format {where}`, or check the address"
+        )
+    if not os.path.isdir(address.directory):
+        raise VolumeMissing(f"{where} is no volume but a file: give the directory that `atoll format` made")
+    if not os.access(address.directory, os.X_OK):
+        raise VolumeMissing(f"{where} cannot be entered: ask as the user who formatted the volume, or as root")
+    raise VolumeMissing(f"{where} is no volume, it has no meta.db: give the directory that `atoll format` made")
+
+
+@asynccontextmanager
+async def open_volume(
+    address: EmbeddedAddress,
+    *,
+    owner: str,
+    env: Mapping[str, str],
+    wait_s: float = 0.0,
+    lost: Callable[[], object] | None = None,
+) -> AsyncIterator[OpenVolume]:
+    """Own an embedded volume and yield it open; leaving commits, releases and closes.
+
+    ``owner`` is what others are told while this holds the volume: "the mount at …" or the command. NotOwner if another
+    process has it after ``wait_s``; VolumeMissing, SchemaTooNew, StoreError. ``lost`` is called if the engine fails.
+    """
+    from metasvc.store.open import open_store
+
+    check_is_volume(address)
+    async with AsyncExitStack() as stack:
+        store = await open_store(f"sqlite:///{address.meta_db}")
+        stack.push_async_callback(store.close)
+        volume_store = await store.open_volume(TENANT, NAME)
+        engine = await _acquire(volume_store, owner=owner, wait_s=wait_s)
+        await stack.enter_async_context(engine)
+        if lost is not None:
+            watch = asyncio.create_task(_watch(engine, lost), name="engine failure")
+            stack.push_async_callback(_cancelled, watch)
+        yield OpenVolume(address, engine=engine, env=env, closing=stack)
+
+
+async def _watch(engine: Engine, lost: Callable[[], object]) -> None:
+    await engine.failed.wait()
+    lost()
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def _acquire(store: VolumeStore, *, owner: str, wait_s: float) -> Engine:
+    from metasvc.engine import Engine
+
+    deadline_s = time.monotonic() + wait_s
+    while True:
+        try:
+            return await Engine.open(store, address=owner)
+        except NotOwner:
+            if time.monotonic() >= deadline_s:
+                raise
+        await asyncio.sleep(POLL_S)
+
+
+def default_cache_dir(env: Mapping[str, str]) -> Path:
+    """Return the directory for the caches of all volumes of this user."""
+    if os.geteuid() == 0:
+        return Path("/var/cache/atoll")
+    home = env.get("HOME") or os.path.expanduser("~")
+    return Path(home) / ".cache" / "atoll"

@@ -1,4 +1,4 @@
-"""Taking a mount away, as root and without, and cutting off who still uses it. Blocking: run it on a thread.
+"""Taking a mount away, as root and without, and setting what the kernel lets be set of one. Blocking: run it on a thread.
 
 While a mount is taken away the kernel may still send requests (dirty pages of mappings, FORGET), so the loop that answers
 them must run meanwhile.
@@ -39,7 +39,8 @@ def detach(mountpoint: str) -> None:
 def set_kernel_limits(device: str, *, read_ahead_kb: int, max_background: int) -> None:
     """Raise the kernel's read-ahead and the number of requests in flight for a mount, where we may; else leave them.
 
-    `device` is `major:minor` of the mount. libfuse asks for neither, and the kernel caps the first at 128 KiB in INIT.
+    `device` is `major:minor` of the mount. libfuse asks for neither, and the kernel caps the first at 128 KiB in INIT. The
+    second needs a fusectl file system at /sys/fs/fuse/connections, as systemd mounts it.
     """
     connection = Path("/sys/fs/fuse/connections") / device.partition(":")[2]
     wanted = [
@@ -51,10 +52,4 @@ def set_kernel_limits(device: str, *, read_ahead_kb: int, max_background: int) -
         try:
             path.write_text(f"{value}\n", encoding="ascii")
         except OSError:
-            continue  # not root, or no sysfs (containers): slower, not wrong
-
-
-def abort(device: str) -> None:
-    """Cut the connection: every request gets ECONNABORTED, the daemon's descriptor ENODEV. OSError without the right to."""
-    connection = Path("/sys/fs/fuse/connections") / device.partition(":")[2]
-    (connection / "abort").write_text("1\n", encoding="ascii")
+            continue  # not root, or not there (containers): slower, not wrong

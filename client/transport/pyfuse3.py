@@ -42,6 +42,7 @@ _NAME_MAX: Final = 255
 _MIN_TASKS: Final = 1
 _MAX_TASKS: Final = 32
 _DETACH_DEADLINE_S: Final = 30.0
+_NOTIFY_DEADLINE_S: Final = 2.0
 
 Method = Callable[..., Coroutine[Any, Any, Any]]
 
@@ -373,7 +374,7 @@ class Pyfuse3Transport:
         self._log = log
         self._loop = EventLoop()
         self._mountpoint = os.path.abspath(options.mountpoint)
-        self._device: str | None = None
+        self._is_detached = False
         self._ended = asyncio.Event()
         self._is_mounted = False
         self._kernel = ThreadPoolExecutor(1, thread_name_prefix="fuse-notify")
@@ -407,19 +408,28 @@ class Pyfuse3Transport:
         finally:
             self._is_mounted = False
             self._loop.stop_reading()
-            self._kernel.shutdown(wait=False, cancel_futures=True)
-            pyfuse3.close(unmount=True)
+            await self._close()
             self._ended.set()
+
+    async def _close(self) -> None:
+        try:
+            async with asyncio.timeout(_NOTIFY_DEADLINE_S):
+                await asyncio.to_thread(self._kernel.shutdown, cancel_futures=True)
+        except TimeoutError:
+            # An invalidation is stuck behind a request that was cut off, and uses libfuse's session: the descriptor goes
+            # with the process instead.
+            self._log.warning("an invalidation is stuck in the kernel", mountpoint=self._mountpoint)
+            return
+        pyfuse3.close(unmount=not self._is_detached)
 
     def _set_kernel_limits(self) -> None:
         for mount in mounts_at(self._mountpoint, read_mounts())[-1:]:
-            self._device = mount.device
             kernel_mount.set_kernel_limits(
                 mount.device, read_ahead_kb=self._options.read_ahead_kb, max_background=self._options.max_background
             )
 
     async def stop(self, *, grace_s: float = 5.0) -> None:
-        """Unmount: detach at once, let open files finish for `grace_s`, then cut them off; see client.transport.Transport.
+        """Unmount: detach at once, let open files finish for `grace_s`, then cut them off (ENOTCONN).
 
         The loop ends by itself when the kernel drops the connection (ENODEV), as after umount(8).
         """
@@ -430,16 +440,10 @@ class Pyfuse3Transport:
                 await asyncio.to_thread(kernel_mount.detach, self._mountpoint)
         except (OSError, TimeoutError) as error:
             self._log.warning("unmounting failed", mountpoint=self._mountpoint, error=str(error))
-        if await self._has_ended(grace_s):
-            return
-        if self._device is not None:
-            try:
-                await asyncio.to_thread(kernel_mount.abort, self._device)
-            except OSError as error:
-                self._log.warning("cutting the connection failed", error=str(error))
-            if await self._has_ended(grace_s):
-                return
-        if self._is_mounted:
+        else:
+            self._is_detached = True
+        if not await self._has_ended(grace_s) and self._is_mounted:
+            # The loop ends without ENODEV; serve() then closes the descriptor, which fails what is still asked.
             pyfuse3.terminate()
 
     async def _has_ended(self, timeout_s: float) -> bool:

@@ -117,12 +117,15 @@ class FileReader:
             source, piece = sources[index], pieces[index]
             first, past = piece.slice_offset, piece.slice_offset + piece.end - piece.start
             if isinstance(source, PendingSlice):
+                data: Buffer = b""
                 try:
-                    parts[index] = await source.writer.read(first, past)
+                    data = await source.writer.read(first, past)
                 except Exception:
                     if piece.slice_id in file.sources:
                         raise
+                if len(data) < past - first:
                     return False
+                parts[index] = data
             else:
                 assert source is not None
                 assert not isinstance(source, bytes)

@@ -19,7 +19,7 @@ _VERSION_ARGUMENTS = {
     "juicefs": ("version",),
     "rclone": ("version",),
     "weed": ("version",),
-    "redis-server": ("--version",),
+    "redis-cli": ("--version",),
 }
 
 

@@ -96,7 +96,10 @@ def redis_server(directory: Path) -> Iterator[str]:
     """Run a Redis that fsyncs before every reply to a write, and give its address."""
     directory.mkdir()
     [port] = free_ports(1)
-    arguments = [find_command("redis-server"), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(directory)]
+    # One program with several names. Debian has this one in redis-tools; its redis-server also starts a daemon.
+    program = directory / "redis-server"
+    program.symlink_to(find_command("redis-check-rdb"))
+    arguments = [str(program), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(directory)]
     arguments += ["--appendonly", "yes", "--appendfsync", "always", "--save", "", "--maxmemory-policy", "noeviction"]
     with running(arguments, log=directory / "redis.log") as child:
         wait_until(lambda: _redis_answers(port), what="redis-server", deadline_s=_START_DEADLINE_S, child=child)

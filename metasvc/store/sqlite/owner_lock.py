@@ -51,7 +51,7 @@ class OwnerLock:
             self._descriptor = None
         # Each round but the last lost the file to somebody who removed a volume at that moment.
         for _ in range(100):
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            descriptor = self._open()
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if self._leads_to(descriptor):
@@ -74,7 +74,7 @@ class OwnerLock:
         """Return what the file says; None if it says nothing (yet)."""
         try:
             with open(self.path, encoding="utf-8", errors="replace") as file:
-                pid, _, address = file.read(4096).rstrip("\n").partition(" ")
+                pid, _, address = file.readline(4096).rstrip("\n").partition(" ")
             return Holder(int(pid), address)
         except (FileNotFoundError, ValueError):
             return None
@@ -92,6 +92,9 @@ class OwnerLock:
                     os.ftruncate(descriptor, 0)
         finally:
             os.close(descriptor)
+
+    def _open(self) -> int:
+        return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def _leads_to(self, descriptor: int) -> bool:
         try:

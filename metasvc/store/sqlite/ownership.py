@@ -48,6 +48,7 @@ def acquire(
                 raise NotOwner(row[1], (row[2] - now_ns) / 1e9)
             taken = connection.execute(_ACQUIRE, (nonce, address, now_ns + ttl_ns, volume_id)).fetchone()
             if taken is None:
+                lock.unlock(remove=True)
                 raise Fenced("the volume was deleted")
         lock.sign(address)
     except BaseException:

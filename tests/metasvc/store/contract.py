@@ -174,25 +174,29 @@ class StoreContract:
 
     async def test_volumes_of_one_database_do_not_see_each_other(self, world: World) -> None:
         async with world.running():
-            volumes = [
-                await world.volume(),
-                await world.volume(name="other"),
-                await world.volume(tenant="other"),
-            ]
+            volumes = [await world.volume(), await world.volume(name="other"), await world.volume(tenant="other")]
+            models: list[Model] = []
             for number, volume in enumerate(volumes):
                 owner = await acquire(volume, nonce=f"nonce-{number}")
                 assert owner.epoch == 1
-                puts = {table: [example_row(table, 7), example_row(table, 50 + number)] for table in TABLES}
-                await volume.commit(owner, 1, Batch(puts, {}))
-            owner = await acquire(volumes[1], nonce="nonce-1")
-            await volumes[1].commit(
-                owner, 2, Batch({}, {table: [table.key_of(example_row(table, 7))] for table in TABLES})
-            )
-            for number, volume in enumerate(volumes):
-                rows = await all_rows(volume)
+                puts: dict[Table, list[Row]] = {}
                 for table in TABLES:
-                    own = [example_row(table, 50 + number)]
-                    assert rows[table] == (own if number == 1 else [example_row(table, 7), *own])
+                    # Keys 20 to 24 in all of them with different values, and five keys more that only one has.
+                    values = [table.key_of(example_row(table, key)) for key in range(20, 25)]
+                    others = [example_row(table, 1000 * number + key)[table.key_size :] for key in range(20, 25)]
+                    puts[table] = [table.row._make(key + rest) for key, rest in zip(values, others, strict=True)]
+                    puts[table] += [example_row(table, 10 * (number + 5) + key) for key in range(5)]
+                # Names that stand for inodes of which the volumes have different ones, and some have none.
+                puts[DENTRY] = [Dentry(ROOT_INO, b"%d" % key, Ino(key), number) for key in range(20, 80)]
+                await volume.commit(owner, 1, Batch(puts, {}))
+                models.append({table: {table.key_of(row): row for row in puts[table]} for table in TABLES})
+            deletes = {table: [table.key_of(example_row(table, 20))] for table in TABLES}
+            owner = await acquire(volumes[1], nonce="nonce-1")
+            await volumes[1].commit(owner, 2, Batch({}, deletes))
+            apply_to(models[1], Batch({}, deletes))
+            for volume, model in zip(volumes, models, strict=True):
+                assert await all_rows(volume) == in_order(model)
+                await compare_loads(volume, model)
 
     async def test_a_deleted_volume_is_gone_and_its_name_free(self, world: World) -> None:
         async with world.running():
@@ -678,11 +682,15 @@ async def compare_with_model(world: World, steps: list[Step], *, page: int) -> N
                 assert owner.last_batch == number
             assert await volume.last_batch(owner) == number
             assert await all_rows(volume, page=page) == in_order(model)
-        await _compare_loads(volume, model)
+        await compare_loads(volume, model)
 
 
-async def _compare_loads(volume: VolumeStore, model: Model) -> None:
+async def compare_loads(volume: VolumeStore, model: Model) -> None:
+    """Check what load() and scan_dir() find against a model, all keys at once and one by one."""
     answer = await volume.load({table: list(rows) for table, rows in model.items()}, {})
+    for table, rows in model.items():
+        for key, row in list(rows.items())[:2]:
+            assert loaded(await volume.load({table: [key]}, {}), table) == [row]
     for table, rows in model.items():
         assert loaded(answer, table) == sorted(rows.values())
     groups = {table: sorted({key[0] for key in rows}) for table, rows in model.items() if table.grouped}

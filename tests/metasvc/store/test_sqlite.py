@@ -289,6 +289,54 @@ async def test_a_batch_with_a_row_that_does_not_fit_is_not_applied_at_all(world:
         await volume.commit(owner, 2, batch_of(Counter("next", 2)))
 
 
+async def test_a_volume_whose_first_rows_do_not_fit_is_not_created(world: SqliteWorld) -> None:
+    async with world.running():
+        store = await world.process()
+        with pytest.raises(StoreError, match="does not fit"):
+            await store.create_volume(volume_format(), batch_of(Counter("fits", 1), Counter("\udcff", 1)))
+        assert list(await store.list_volumes()) == []
+        await store.create_volume(volume_format(), NOTHING)
+        assert not any((await all_rows(await store.open_volume("tenant", "volume"))).values())
+
+
+async def test_an_acquisition_that_fails_leaves_the_volume_to_others(world: SqliteWorld) -> None:
+    async with world.running():
+        first, second = await world.volume(), await world.volume()
+        with pytest.raises(StoreError, match="does not fit"):
+            await acquire(first, nonce="\udcff")
+        await acquire(second)
+
+
+async def test_a_deleted_volume_cannot_be_acquired_and_gets_no_lock_file_again(world: SqliteWorld) -> None:
+    async with world.running():
+        volume, store = await world.volume(), await world.process()
+        await store.delete_volume("tenant", "volume")
+        with pytest.raises(Fenced, match="deleted"):
+            await acquire(volume)
+        assert not world.lock_path.exists()
+
+
+async def test_a_commit_that_was_cancelled_before_its_turn_is_not_applied(world: SqliteWorld) -> None:
+    async with world.running():
+        store = await world.process()
+        volumes = []
+        for name in ("first", "second"):
+            await store.create_volume(volume_format(name=name), NOTHING)
+            volumes.append(await store.open_volume("tenant", name))
+        owners = [await acquire(volume) for volume in volumes]
+        other = sqlite3.connect(world.path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        committing = [asyncio.create_task(volumes[n].commit(owners[n], 1, NOTHING)) for n in range(2)]
+        await asyncio.sleep(0)  # both are in the queue of the one writer, which waits for the other process
+        committing[1].cancel()
+        await asyncio.gather(committing[1], return_exceptions=True)
+        other.execute("COMMIT")
+        other.close()
+        await committing[0]
+        assert await volumes[0].last_batch(owners[0]) == 1
+        assert await volumes[1].last_batch(owners[1]) == 0
+
+
 async def test_a_commit_that_is_cancelled_is_applied_wholly_or_not_at_all(world: SqliteWorld) -> None:
     async with world.running():
         volume = await world.volume()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -72,21 +73,28 @@ class Staged:
 
     cache_dir: str
     """Where they lie; empty if nothing is known."""
-    slices: frozenset[SliceId]
-    size_bytes: int
+    lengths: Mapping[SliceId, int]
+
+    @property
+    def size_bytes(self) -> int:
+        """Return how many bytes they are."""
+        return sum(self.lengths.values())
 
 
 def staged_before(address: EmbeddedAddress, volume_format: VolumeFormat) -> Staged:
-    """Return what earlier mounts left staged in the cache that the last one used. Reads one directory; never raises OSError."""
+    """Return what earlier mounts left staged in the cache that the last one used."""
+    record = read_record(address)
+    return Staged("", {}) if record is None else staged_in(Path(record.cache_dir), volume_format)
+
+
+def staged_in(cache_dir: Path, volume_format: VolumeFormat) -> Staged:
+    """Return what is staged in a cache directory. Reads one directory; what cannot be read holds nothing."""
     from chunkstore.images.directory import CacheDirectory
     from chunkstore.images.disk import Disk
 
-    record = read_record(address)
-    if record is None:
-        return Staged("", frozenset(), 0)
-    root = Path(record.cache_dir) / volume_format.uuid
+    directory = CacheDirectory(cache_dir / volume_format.uuid, block_bytes=volume_format.block_bytes, disk=Disk())
     try:
-        names = CacheDirectory(root, block_bytes=volume_format.block_bytes, disk=Disk()).staged_names()
+        names = directory.staged_names()
     except OSError:
-        return Staged("", frozenset(), 0)
-    return Staged(record.cache_dir, frozenset(name.slice_id for name in names), sum(name.length for name in names))
+        names = []
+    return Staged(str(cache_dir), {name.slice_id: name.length for name in names})

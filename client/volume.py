@@ -228,6 +228,17 @@ async def open_volume(
         yield OpenVolume(address, engine=engine, env=env, closing=stack)
 
 
+async def read_uuid(address: EmbeddedAddress) -> str:
+    """Return the uuid of an embedded volume, without owning it."""
+    from metasvc.store.open import open_store
+
+    store = await open_store(f"sqlite:///{address.meta_db}")
+    try:
+        return (await store.open_volume(TENANT, NAME)).format.uuid
+    finally:
+        await store.close()
+
+
 async def _watch(engine: Engine, lost: Callable[[], object]) -> None:
     await engine.failed.wait()
     lost()

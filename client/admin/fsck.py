@@ -112,7 +112,7 @@ def _staged(asked: Asked) -> Callable[[SliceId], bool]:
     """Return what says whether a slice waits for upload on this node."""
     if asked.volume.mounting is not None:
         return asked.volume.mounting.chunks.is_staged
-    return staged_before(asked.volume.address, asked.volume.format).slices.__contains__
+    return staged_before(asked.volume.address, asked.volume.format).lengths.__contains__
 
 
 # -- objects ----------------------------------------------------------------------------------------------------------------

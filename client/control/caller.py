@@ -69,11 +69,22 @@ class HolderCall:
 
     def run(self, request: Request, *, show: Callable[[Progress], None] | None = None) -> JsonObject:
         """Send the request and return its result, parts joined. RemoteError if the holder answers one; HolderLost."""
-        parts: dict[str, list[object]] = {}
+        self.send(request)
+        return self.receive(show=show)
+
+    def send(self, request: Request) -> None:
+        """Send the request. HolderLost if the holder takes it not."""
         try:
             # A holder that refuses the connection answers before it reads; that answer counts more than the broken pipe.
             with suppress(BrokenPipeError, ConnectionResetError):
                 self._connection.sendall(encode_request(request))
+        except OSError as error:
+            raise HolderLost("the holder of the volume takes no requests: try again") from error
+
+    def receive(self, *, show: Callable[[Progress], None] | None = None) -> JsonObject:
+        """Return the result of the request that was sent."""
+        parts: dict[str, list[object]] = {}
+        try:
             while True:
                 line = self._file.readline(MAX_REPLY_BYTES + 1)
                 if not line:

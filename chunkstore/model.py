@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from chunkstore.block import DIGEST_BYTES, Codec
-from chunkstore.geometry import DEFAULT_BLOCK_BYTES, KIB, MIB, BlockIndex, SliceId, block_count
+from chunkstore.geometry import DEFAULT_BLOCK_BYTES, KIB, MIB, SliceId, block_count
 
 # A chunk map keeps offsets in a slice in 32 bits.
 MAX_SLICE_BYTES: Final = (1 << 32) - 1
@@ -27,7 +27,7 @@ class SliceInfo(NamedTuple):
     length: int
     digests: bytes
 
-    def digest(self, index: BlockIndex) -> bytes:
+    def digest(self, index: int) -> bytes:
         """Return the committed digest of a block."""
         return self.digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
 

@@ -81,8 +81,6 @@ install_python() { # STAGE...
     # The environment variable, unlike the option, also pins what wheels are built with.
     PIP_CONSTRAINT="$PWD/constraints.txt" PIP_DISABLE_PIP_VERSION_CHECK=1 \
         .venv/bin/python -m pip install -qq --no-input --editable ".${extras:+[${extras%,}]}" </dev/null
-    # The one binary of redis-tools does what the name says by which it is called.
-    if [[ "$extras" == *bench* ]]; then ln -sf /usr/bin/redis-check-rdb .venv/bin/redis-server; fi
     for stage in "${stale[@]}"; do
         printf '%s\n' "$wanted" >".venv/.stamp-$stage"
     done

@@ -158,6 +158,15 @@ def _last_line(path: Path) -> str:
     return lines[-1][-300:] if lines else ""
 
 
+def has_ended(pid: int) -> bool:
+    """Say whether a process that is not our child has ended; one that nobody has waited for yet has."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return any(line.split()[:2] == ["State:", "Z"] for line in status.splitlines())
+
+
 def end_process(pid: int) -> None:
     """End a daemon that is not our child: SIGTERM, then SIGKILL after the deadline."""
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -166,7 +175,7 @@ def end_process(pid: int) -> None:
         except ProcessLookupError:
             return
         with suppress(StepFailed):
-            wait_until(lambda: not Path(f"/proc/{pid}").exists(), what=f"process {pid}", deadline_s=_END_DEADLINE_S)
+            wait_until(lambda: has_ended(pid), what=f"process {pid}", deadline_s=_END_DEADLINE_S)
             return
 
 

@@ -19,6 +19,7 @@ from bench.processes import (
     StepFailed,
     end_process,
     find_command,
+    has_ended,
     is_mounted,
     no_mount_left,
     run_step,
@@ -302,7 +303,7 @@ class AtollFS:
             if holder is not None:
                 end_process(holder)
             raise
-        if holder is not None and Path(f"/proc/{holder}").exists():
+        if holder is not None and not has_ended(holder):
             end_process(holder)
             raise StepFailed("atoll umount: returned although its daemon was still there")
 

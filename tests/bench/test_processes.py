@@ -7,15 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from bench.processes import StepFailed, is_mounted, no_mount_left, run_step, running, unmount, wait_until
+from bench.processes import (
+    StepFailed,
+    end_process,
+    has_ended,
+    is_mounted,
+    no_mount_left,
+    run_step,
+    running,
+    unmount,
+    wait_until,
+)
 
 
 def python(program: str) -> list[str]:
     return [sys.executable, "-c", program]
-
-
-def exists(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
 
 
 def test_a_step_gives_what_it_printed(tmp_path: Path) -> None:
@@ -43,14 +49,22 @@ child.wait()
         run_step(python(program), log=tmp_path / "step", limit_s=2)
     started = [int(pid) for pid in pids.read_text().split()]
     assert len(started) == 2
-    wait_until(lambda: not any(map(exists, started)), what="end of both", deadline_s=60)
+    wait_until(lambda: all(map(has_ended, started)), what="end of both", deadline_s=60)
 
 
 def test_a_daemon_that_a_step_leaves_behind_does_not_hold_it(tmp_path: Path) -> None:
     program = "import subprocess; print(subprocess.Popen(['sleep', '600'], start_new_session=True).pid)"
     pid = int(run_step(python(program), log=tmp_path / "step", limit_s=60))
-    assert exists(pid)
-    subprocess.run(["kill", "-KILL", str(pid)], check=True)
+    assert not has_ended(pid)
+    end_process(pid)
+    assert has_ended(pid)
+
+
+def test_a_process_that_nobody_has_waited_for_has_ended() -> None:
+    child = subprocess.Popen(["true"])
+    wait_until(lambda: has_ended(child.pid), what="end of the child", deadline_s=60)
+    assert Path(f"/proc/{child.pid}").exists()
+    child.wait(60)
 
 
 def test_a_process_that_ignores_the_goodbye_of_its_block_is_killed_with_its_session(tmp_path: Path) -> None:
@@ -58,8 +72,8 @@ def test_a_process_that_ignores_the_goodbye_of_its_block_is_killed_with_its_sess
     with running(python(program), log=tmp_path / "log") as child:
         wait_until(lambda: not child.alive(), what="end, as its input is closed", deadline_s=60)
         grandchild = int((tmp_path / "log").read_text().splitlines()[0])
-        assert exists(grandchild)
-    wait_until(lambda: not exists(grandchild), what=f"end of {grandchild}", deadline_s=60)
+        assert not has_ended(grandchild)
+    wait_until(lambda: has_ended(grandchild), what=f"end of {grandchild}", deadline_s=60)
 
 
 def test_waiting_ends_when_the_child_has_ended(tmp_path: Path) -> None:

@@ -356,41 +356,13 @@ def test_an_hdf5_file_is_read_by_another_process_while_it_is_appended_to(mounted
 
 
 def test_numpy_arrays_mapped_into_memory_are_written_and_read_back_the_same(mounted_volume: MountedVolume) -> None:
-    rng = np.random.default_rng(5)
-    path = mounted_volume.path / "array.bin"
-    shape = (3000, 2000)  # 48 MB of float64: several blocks, no multiple of one
-    expected = rng.standard_normal(shape)
-    writable = np.memmap(path, dtype=np.float64, mode="w+", shape=shape)
-    for start in range(0, shape[0], 500):
-        writable[start : start + 500] = expected[start : start + 500]
-    writable.flush()
-    for row in rng.integers(0, shape[0], 100):
-        writable[row, ::7] = expected[row, ::7] = row
-    writable.flush()
-    # What write(2) puts there must show in the mapping, and the other way round.
-    with path.open("r+b") as file:
-        file.seek(8 * (1234 * shape[1] + 55))
-        file.write(np.float64(42.5).tobytes())
-    expected[1234, 55] = 42.5
-    assert writable[1234, 55] == 42.5
-    del writable
-    copied_on_write = np.memmap(path, dtype=np.float64, mode="c", shape=shape)
-    copied_on_write[:10] = 0.0
-    del copied_on_write
-    np.save(mounted_volume.path / "saved.npy", expected)
-
-    def verify() -> None:
-        mapped = np.memmap(path, dtype=np.float64, mode="r", shape=shape)
-        for row in rng.integers(0, shape[0], 200):
-            np.testing.assert_array_equal(mapped[row], expected[row])
-        np.testing.assert_array_equal(mapped, expected)
-        np.testing.assert_array_equal(np.load(mounted_volume.path / "saved.npy", mmap_mode="r"), expected)
-
-    verify()
+    program = (sys.executable, PROGRAMS / "numpy_arrays.py")
+    run(*program, "write", mounted_volume.path)
+    run(*program, "verify", mounted_volume.path)
     mounted_volume.remount()
-    verify()
+    run(*program, "verify", mounted_volume.path)
     mounted_volume.remount_with_empty_cache()
-    verify()
+    run(*program, "verify", mounted_volume.path)
 
 
 # PostgreSQL

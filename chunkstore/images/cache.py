@@ -41,7 +41,7 @@ from chunkstore.images.exclusive import Exclusive
 from chunkstore.images.image import Image, Opened, Run
 from chunkstore.images.index import Entry, FoundImages, ImageIndex, big_entry, found_images, small_entry
 from chunkstore.images.layout import Layout, is_small
-from chunkstore.images.open_images import OpenImages
+from chunkstore.images.open_images import ImageGone, OpenImages
 from chunkstore.images.pending import PendingImage, PendingImages
 from chunkstore.images.sidefile import ABSENT, PRESENT, UNCHECKED
 from chunkstore.model import SliceInfo
@@ -53,6 +53,7 @@ _FULL_PAUSE_S: Final = 1.0
 _LOG_PAUSE_S: Final = 60.0
 _SETTLE_S: Final = 60.0
 _SYNC_PAUSE_S: Final = 10.0
+_LOOKS: Final = 3
 
 
 class CacheCounters:
@@ -132,25 +133,30 @@ class ImageCache:
 
     async def read(self, info: SliceInfo, start: int, end: int) -> Buffer | None:
         """Return bytes of an image, None if not all of them are there and proven."""
-        if not self.may_have(info.slice_id):
-            return None
-        image = self.opened.get(info.slice_id)
-        if image is None:
-            if (waiting := self._pending.read(info.slice_id, start, end)) is not None:
-                return waiting
-            image = await self._open(info)
-            if image is None:
+        for _ in range(_LOOKS):
+            if not self.may_have(info.slice_id):
                 return None
-            if (data := self.try_read(info.slice_id, start, end)) is not None:
-                return data
-        try:
-            if image.states is None:
-                return await self._read_small(image, info, start=start, end=end)
-            return await self._read_big(image, info, start=start, end=end)
-        except OSError as error:
-            self.failed(error, info.slice_id)
-            self.forget([info.slice_id])
-            return None
+            image = self.opened.get(info.slice_id)
+            if image is None:
+                if (waiting := self._pending.read(info.slice_id, start, end)) is not None:
+                    return waiting
+                image = await self._open(info)
+                if image is None:
+                    return None
+                if (data := self.try_read(info.slice_id, start, end)) is not None:
+                    return data
+            try:
+                if image.states is None:
+                    return await self._read_small(image, info, start=start, end=end)
+                return await self._read_big(image, info, start=start, end=end)
+            except ImageGone:
+                # Closed to make room for others, or dropped, since it was looked up.
+                continue
+            except OSError as error:
+                self.failed(error, info.slice_id)
+                self.forget([info.slice_id])
+                return None
+        return None
 
     def may_have(self, slice_id: SliceId) -> bool:
         """Return False where there is certainly no image. 0.3 us, and 1 us per 16,384 images not used lately."""
@@ -195,7 +201,7 @@ class ImageCache:
         frames = image.layout.frames_of_range(start, end)
         if UNCHECKED in image.states[frames.start : frames.stop]:
             await self._check(image, info, frames)
-        if not image.is_alive() or not image.has(start, end):
+        if not image.has(start, end):
             return None
         data = await self.opened.run(image, self._disk.pread, image.descriptor, end - start, start)
         if len(data) != end - start:
@@ -270,7 +276,7 @@ class ImageCache:
             except OSError as error:
                 self.failed(error, slice_id)
                 return None
-            image = Image(slice_id, layout, path, opened, check=check_of(info, self.block_bytes))
+            image = Image(slice_id, layout, opened, check=check_of(info, self.block_bytes))
             self._register(image)
             return image
 
@@ -404,8 +410,6 @@ class ImageCache:
             except OSError as error:
                 self.failed(error, name.slice_id)
             del self._staged[name.slice_id]
-            if (image := self.opened.get(name.slice_id)) is not None:
-                image.path = target
             self.index.put(
                 name.slice_id,
                 big_entry(name.length, name.length) if check is None else small_entry(name.length, check),

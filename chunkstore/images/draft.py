@@ -91,7 +91,7 @@ class Draft:
         path = self._cache.directory.image(info.slice_id, info.length, check)
         self._write_side(info, frame_digests, is_durable=False)
         self._disk.rename(self._path, path)
-        return self._image(descriptor, info, path)
+        return self._image(descriptor, info)
 
     async def stage(self, info: SliceInfo, name: StagedName, *, frame_digests: Sequence[bytes]) -> None:
         """Make it a staged image, durable when this returns. OSError: it is a draft as before."""
@@ -112,7 +112,7 @@ class Draft:
         self._disk.rename(self._path, path)
         try:
             self._disk.sync_directory(directory.staged)
-            return self._image(descriptor, info, path)
+            return self._image(descriptor, info)
         except BaseException:
             self._disk.rename(path, self._path)
             raise
@@ -132,14 +132,14 @@ class Draft:
         )
         return True
 
-    def _image(self, descriptor: int, info: SliceInfo, path: str) -> Image:
+    def _image(self, descriptor: int, info: SliceInfo) -> Image:
         check = check_of(info, self._cache.block_bytes)
         layout = Layout(info.length, self._cache.block_bytes)
         opened = Opened(descriptor, None, None)
         if check is None:
             side = self._disk.open(self._cache.directory.side(info.slice_id), os.O_RDWR)
             opened = Opened(descriptor, side, bytearray((PRESENT,)) * layout.frame_count)
-        return Image(info.slice_id, layout, path, opened, check=check)
+        return Image(info.slice_id, layout, opened, check=check)
 
     def discard(self) -> None:
         """Remove the file, after the threads that use it. Idempotent."""

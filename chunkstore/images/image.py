@@ -44,6 +44,7 @@ class Image:
     """Hold an open image. `pins` counts threads that use its descriptors."""
 
     __slots__ = (
+        "_is_closed",
         "_is_dead",
         "block_used",
         "check",
@@ -54,7 +55,6 @@ class Image:
         "is_handed_out",
         "is_touched",
         "layout",
-        "path",
         "pins",
         "punching",
         "side",
@@ -62,25 +62,25 @@ class Image:
         "states",
     )
 
-    def __init__(self, slice_id: SliceId, layout: Layout, path: str, opened: Opened, *, check: int | None) -> None:
+    def __init__(self, slice_id: SliceId, layout: Layout, opened: Opened, *, check: int | None) -> None:
         """Take over descriptors. `check` is that of the name of a small image."""
         self.slice_id = slice_id
         self.check = check
         self.layout = layout
         self.frame_bytes = layout.frame_bytes
-        self.path = path
         self.descriptor = opened.descriptor
         self.side = opened.side
         self.states = opened.states
         self.is_complete = opened.states is None or opened.states.count(PRESENT) == len(opened.states)
         self.pins = 0
         self._is_dead = False
+        self._is_closed = False
         self.is_dirty = False
         """Written since it was last synced, so a failure to write back may not be known yet."""
         self.is_handed_out = False
         """The kernel has had it as a backing file: it may be unlinked, but never punched."""
-        self.is_touched = False
-        """Read since it was last looked at by what closes or evicts."""
+        self.is_touched = True
+        """Read since it was last looked at by what closes or evicts; at first, because somebody is about to."""
         self.punching: asyncio.Future[None] | None = None
         self.block_used = None if opened.states is None else array("Q", bytes(8 * layout.block_count))
 
@@ -88,9 +88,17 @@ class Image:
         """Note that its name is gone or going: nothing more is kept in it, its descriptors go with the last pin."""
         self._is_dead = True
 
+    def note_closed(self) -> None:
+        """Note that its descriptors are closed, or will be at once; opened again it is another object."""
+        self._is_closed = True
+
+    def is_buried(self) -> bool:
+        """Return whether its name is gone or going."""
+        return self._is_dead
+
     def is_alive(self) -> bool:
-        """Return whether it still has its name."""
-        return not self._is_dead
+        """Return whether it can be used. True is true up to the next await only, unless it is pinned."""
+        return not self._is_dead and not self._is_closed
 
     @property
     def files(self) -> Opened:

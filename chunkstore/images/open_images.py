@@ -26,6 +26,10 @@ T = TypeVar("T")
 _CLOSE_BATCH: Final = 32
 
 
+class ImageGone(Exception):
+    """Say that an image was closed or dropped since it was looked up: look again."""
+
+
 class OpenImages:
     """Keep images open, as many as the bound allows."""
 
@@ -81,14 +85,19 @@ class OpenImages:
                 self._tasks.start(self._close([image]), name="close a dropped image")
 
     def start(self, image: Image, call: Callable[..., T], *args: object) -> asyncio.Future[T]:
-        """Start disk work with an image pinned until the thread is done. Await it through `asyncio.shield`."""
+        """Start disk work with an image pinned until the thread is done. Await it through `asyncio.shield`.
+
+        ImageGone if it was closed or dropped at an await since it was looked up: its descriptor may be another file's now.
+        """
+        if not image.is_alive():
+            raise ImageGone
         image.pins += 1
         job = self._executors.start_disk(call, *args)
         job.add_done_callback(lambda done: self._unpin(image, done))
         return job
 
     async def run(self, image: Image, call: Callable[..., T], *args: object) -> T:
-        """Run disk work with an image pinned; a cancellation leaves it running, and the image pinned, to its end."""
+        """Run disk work like `start`; a cancellation leaves it running, and the image pinned, to its end."""
         return await asyncio.shield(self.start(image, call, *args))
 
     def _unpin(self, image: Image, job: asyncio.Future[T]) -> None:
@@ -96,7 +105,7 @@ class OpenImages:
         if not job.cancelled():
             # Whoever waits gets it too; but nobody may be waiting any more.
             job.exception()
-        if not image.is_alive() and image.pins == 0:
+        if image.is_buried() and image.pins == 0:
             self._tasks.start(self._close([image]), name="close a dropped image")
 
     def _close_some(self) -> None:
@@ -115,6 +124,7 @@ class OpenImages:
             elif image.pins == 0 and image.punching is None and not image.is_handed_out:
                 del self._images[slice_id]
                 self._descriptors -= image.descriptor_count
+                image.note_closed()
                 closing.append(image)
         if closing:
             self._tasks.start(self._close(closing), name="close images")
@@ -128,7 +138,7 @@ class OpenImages:
         lost = []
         for image in closing:
             try:
-                if image.is_dirty and image.is_alive():
+                if image.is_dirty and not image.is_buried():
                     self._disk.datasync(image.descriptor)
             except OSError as error:
                 log.warning("cache: slice %d: writing back failed (%s); the image is dropped", image.slice_id, error)
@@ -146,6 +156,7 @@ class OpenImages:
         self._descriptors = 0
         idle = [image for image in images if image.pins == 0]
         for image in images:
+            image.note_closed()
             if image.pins:
                 image.bury()
         await self._close(idle)

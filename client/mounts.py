@@ -114,7 +114,8 @@ def _inner_path(real: str, mount: Mount) -> bytes:
 def is_dead(mountpoint: str) -> bool:
     """Return whether the daemon behind a mount point is gone ("Transport endpoint is not connected")."""
     try:
-        os.stat(mountpoint)
+        # Not stat(): the kernel may answer that from its cache of attributes, dead or not.
+        os.statvfs(mountpoint)
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False

@@ -214,24 +214,28 @@ class SliceReader:
         """Return bytes `[start, end)` of a block."""
         base = block_index * self._block_bytes
         key = info.slice_id, block_index
-        for look in range(_LOOKS):
+        is_first_look, own_fetches = True, 0
+        while own_fetches < _LOOKS:
             fetch = self._fetches.get(key) or self._parked.get(key)
             data = None if fetch is None else fetch.read(start, end)
             if data is None:
                 data = await self._cache.read(info, base + start, base + end)
             if data is not None:
-                if look == 0:
+                if is_first_look:
                     self.counters.hits += 1
                     self.counters.hit_bytes += end - start
                 return data
-            if look == 0:
+            if is_first_look:
                 self.counters.misses += 1
                 self.counters.miss_bytes += end - start
+                is_first_look = False
             fetch = self._fetches.get(key)
             if fetch is None:
+                # Fetches of others do not count: many readers of one block may each want other frames of it.
+                own_fetches += 1
                 frames = self._frames_to_fetch(info, block_index, start, end, is_sequential=is_sequential)
-                # The last look takes no chances with evictions and with fetches of others: what it brings covers all.
-                fetch = self._start(info, block_index, frames=None if look == _LOOKS - 1 else frames)
+                # The last look takes no chances with evictions: what it brings covers all.
+                fetch = self._start(info, block_index, frames=None if own_fetches == _LOOKS else frames)
             await asyncio.shield(fetch.done)
             if (data := fetch.read(start, end)) is not None:
                 return data

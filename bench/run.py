@@ -72,6 +72,8 @@ class Round:
     scale: Scale
     limit_s: float
     results: Results
+    # Where the logs of what failed are kept; everything else of a round is removed.
+    kept: Path
 
     def work(self, contender: Contender, directory: Path, function: str) -> Timing:
         """Run a work on a mounted system; raise StepFailed on an error, a wrong byte or at the time limit."""
@@ -89,6 +91,12 @@ class Round:
         for work in works:
             self.results.failures.append(Failure(self.pair, work.key, system, self.number, reason))
         click.echo(f"{self.pair} round {self.number} {system:<8} FAILED {reason}", err=True)
+        root = self.scratch / system
+        target = self.kept / f"{self.pair}-{self.number}-{works[0].key}-{system}"
+        target.mkdir(parents=True, exist_ok=True)
+        for pattern in ("*.log", "*.err", "cache/*.log", "cache/*/*.log"):
+            for log in root.glob(pattern):
+                shutil.copy(log, target / log.name)
 
     def run_session(self, contender: Contender, session: Session) -> None:
         """Bring the system into the state that the session asks for, run its works, and record what happens."""
@@ -238,7 +246,7 @@ def main(
             for number in range(1, total + 1):
                 directory = place / f"{each}-{number}"
                 limit = limit_s or (180.0 if quick else 900.0)
-                run_round(Round(each, number, directory, scale, limit, results), sessions, names)
+                run_round(Round(each, number, directory, scale, limit, results, target / "logs"), sessions, names)
     finally:
         shutil.rmtree(place, ignore_errors=True)
         if results.measurements:

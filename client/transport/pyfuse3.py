@@ -393,7 +393,13 @@ class Pyfuse3Transport:
 
     async def serve(self, *, ready: Callable[[], None]) -> None:
         """Mount and answer requests until the mount is gone; see client.transport.Transport."""
-        operations = Operations(self._vfs, on_init=ready, log=self._log)
+        loop = asyncio.get_running_loop()
+
+        def greeted() -> None:
+            # Not before the answer is sent: with it the kernel sets the limits itself.
+            loop.call_soon(self._greeted, ready)
+
+        operations = Operations(self._vfs, on_init=greeted, log=self._log)
         pyfuse3.trio = self._loop  # type: ignore[attr-defined]
         try:
             pyfuse3.init(operations, self._mountpoint, self._mount_options())
@@ -403,7 +409,6 @@ class Pyfuse3Transport:
         self._is_mounted = True
         self._vfs.attach(self)
         try:
-            self._set_kernel_limits()
             await pyfuse3.main(_MIN_TASKS, _MAX_TASKS)
         finally:
             self._is_mounted = False
@@ -422,11 +427,12 @@ class Pyfuse3Transport:
             return
         pyfuse3.close(unmount=not self._is_detached)
 
-    def _set_kernel_limits(self) -> None:
+    def _greeted(self, ready: Callable[[], None]) -> None:
         for mount in mounts_at(self._mountpoint, read_mounts())[-1:]:
             kernel_mount.set_kernel_limits(
                 mount.device, read_ahead_kb=self._options.read_ahead_kb, max_background=self._options.max_background
             )
+        ready()
 
     async def stop(self, *, grace_s: float = 5.0) -> None:
         """Unmount: detach at once, let open files finish for `grace_s`, then cut them off (ENOTCONN).

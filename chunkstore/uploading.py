@@ -219,6 +219,8 @@ class StagedUploads:
     async def _pause(self, staged: _Staged, error: AtollError | OSError) -> None:
         """Wait before the next attempt, or until somebody hurries."""
         self._last_error = error
+        if staged.is_doomed:
+            return
         pause_s = min(_FIRST_PAUSE_S * 2 ** (staged.failures - 1), _LONGEST_PAUSE_S)
         log.warning("staged slice %d: %s; trying again in %.0f s", staged.name.slice_id, error, pause_s)
         await wait_for_event(self._wake, timeout_s=pause_s)

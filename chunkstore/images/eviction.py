@@ -10,7 +10,7 @@ victim loses its mark and counts as used now.
 
 from __future__ import annotations
 
-import logging
+import asyncio
 from collections.abc import Callable
 from typing import Final
 
@@ -22,13 +22,12 @@ from chunkstore.images.image import Image
 from chunkstore.images.index import Entry
 from chunkstore.images.sidefile import ABSENT
 
-log = logging.getLogger(__name__)
-
 DEFAULT_SHARE: Final = 0.8
 # Smaller ones are removed whole: a punch costs a write, a call and a fragmented file.
 _PUNCH_FROM_BYTES: Final = 64 * MIB
 _BATCH: Final = 256
 _PAUSE_S: Final = 5.0
+_RETRY_PAUSE_S: Final = 0.1
 # statvfs takes a hop to the executor; at 2 GB/s a cache grows by 1 GB between two of them.
 _SPACE_PAUSE_S: Final = 0.5
 
@@ -57,6 +56,7 @@ class Evictor:
         self._clock = clock
         self._space: Space | None = None
         self._looked_at = float("-inf")
+        self._turn = asyncio.Lock()
 
     @property
     def limit_bytes(self) -> int:
@@ -70,20 +70,23 @@ class Evictor:
         while True:
             await wait_for_event(self._cache.has_grown, timeout_s=_PAUSE_S)
             self._cache.has_grown.clear()
-            await self.look()
+            if await self.look() == 0:
+                # There is too much, and all of it is in use or about to be uploaded.
+                await asyncio.sleep(_RETRY_PAUSE_S)
 
-    async def look(self) -> None:
-        """Evict what is too much now."""
+    async def look(self) -> int | None:
+        """Evict what is too much now; return how many bytes were freed, None if there was not too much."""
         now = self._clock()
         if now - self._looked_at >= _SPACE_PAUSE_S or not self._cache.is_writable:
             self._looked_at = now
             await self.measure()
         excess_bytes = self._excess_bytes()
-        if excess_bytes > 0 and self._cache.index.is_loaded:
-            # A little more, so that not every store is followed by an eviction.
-            freed_bytes = await self.evict(excess_bytes + min(self.limit_bytes // 64, 256 * MIB))
-            self._looked_at = float("-inf")
-            log.debug("cache: evicted %d bytes, %d were too much", freed_bytes, excess_bytes)
+        if excess_bytes <= 0 or not self._cache.index.is_loaded:
+            return None
+        # A little more, so that not every store is followed by an eviction.
+        freed_bytes = await self.evict(excess_bytes + min(self.limit_bytes // 64, 256 * MIB))
+        self._looked_at = float("-inf")
+        return freed_bytes
 
     async def measure(self) -> None:
         """Ask the file system for its free space."""
@@ -109,28 +112,38 @@ class Evictor:
         return max(over_limit, under_floor)
 
     async def evict(self, wanted_bytes: int) -> int:
-        """Free so many bytes if there are images to evict; return how many were freed."""
+        """Free so many bytes as far as there are images to evict; return how many were freed."""
+        async with self._turn:
+            return await self._evict(wanted_bytes)
+
+    async def _evict(self, wanted_bytes: int) -> int:
         index = self._cache.index
         freed_bytes = 0
-        spared = 0
         victims: list[tuple[SliceId, Entry]] = []
-        # Each open image is spared twice at most: once for its mark, once for being pinned when it should be punched.
-        may_spare = 2 * sum(1 for _ in self._cache.opened) + 2
+        # What has come to the end of the order without being evicted: when it comes up again, all others are gone.
+        spared: set[SliceId] = set()
         while freed_bytes < wanted_bytes and (victim := index.oldest()) is not None:
             slice_id, entry = victim
             image = self._cache.opened.get(slice_id)
-            if image is not None and image.is_touched and spared < may_spare:
+            if image is not None and image.is_touched:
                 image.is_touched = False
-                spared += 1
                 index.touch(slice_id)
                 continue
+            if slice_id in spared:
+                break
             needed_bytes = wanted_bytes - freed_bytes
-            if entry.check is None and entry.space_bytes >= max(_PUNCH_FROM_BYTES, 2 * needed_bytes):
+            is_handed_out = image is not None and image.is_handed_out
+            if (
+                entry.check is None
+                and entry.space_bytes >= max(_PUNCH_FROM_BYTES, 2 * needed_bytes)
+                and not is_handed_out
+            ):
                 punched_bytes = await self._punch(slice_id, entry, needed_bytes)
                 freed_bytes += punched_bytes
-                if punched_bytes or spared < may_spare:
-                    spared += 1
-                    continue
+                # In use at this moment: it is not the one to go.
+                spared.add(slice_id)
+                index.touch(slice_id)
+                continue
             index.remove(slice_id)
             freed_bytes += entry.space_bytes
             victims.append((slice_id, entry))
@@ -142,12 +155,14 @@ class Evictor:
         return freed_bytes
 
     async def _punch(self, slice_id: SliceId, entry: Entry, needed_bytes: int) -> int:
+        """Give up the coldest blocks of a big image; 0 if something has it pinned."""
         image = await self._cache.open_big(slice_id, entry.length)
-        if image is None or image.is_handed_out:
+        if image is None:
             return 0
+        # Opening counts as a use, which this is not.
+        image.is_touched = False
         freed_bytes = await self._cache.punch(image, _coldest_blocks(image, needed_bytes))
         self._cache.counters.evicted_bytes += freed_bytes
-        self._cache.index.touch(slice_id)
         return freed_bytes
 
 

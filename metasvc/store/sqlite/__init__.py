@@ -1,7 +1,7 @@
 """The store in one SQLite file, for embedded volumes and for a service on one machine: metasvc.store.Store.
 
-Reading order: foreign_errors, threads, owner_lock, database (file and schema), rows (SQL of the tables), ownership (SQL of
-the volume row), volume, and this file.
+Reading order: foreign_errors, threads, owner_lock, log_room, database (file and schema), rows (SQL of the tables),
+ownership (SQL of the volume row), volume, and this file.
 
 Concurrency: one thread with one connection makes all changes of a process, up to four read beside it; the log (WAL) lets
 readers of this and other processes go on while a commit is under way. Several processes may open one database: reading needs

@@ -21,7 +21,7 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any, Final, TypeVar, TypeVarTuple
+from typing import Any, Final, Generic, TypeVar, TypeVarTuple
 
 from chunkstore.errors import AtollError
 from metasvc.errors import StoreError
@@ -35,14 +35,15 @@ CALL_DEADLINE_S: Final = 60.0
 # After these the connection may be in any state: the next call gets a new one.
 _BROKEN: Final = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN}
 
+C = TypeVar("C", bound=sqlite3.Connection)
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
-class ConnectionThreads:
+class ConnectionThreads(Generic[C]):
     """A bounded number of threads with a connection each, started as they are needed."""
 
-    def __init__(self, path: str, connect: Callable[[], sqlite3.Connection], *, name: str, limit: int) -> None:
+    def __init__(self, path: str, connect: Callable[[], C], *, name: str, limit: int) -> None:
         """``connect`` is called on the threads; ``path`` names the database in errors."""
         self._path = path
         self._connect = connect
@@ -53,7 +54,7 @@ class ConnectionThreads:
         self._waiting = 0
         self._closed = False
 
-    async def call(self, function: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts) -> T:
+    async def call(self, function: Callable[[C, *Ts], T], *args: *Ts) -> T:
         """Run ``function(connection, *args)`` on a thread. Foreign errors become StoreError.
 
         Raises StoreError after CALL_DEADLINE_S; the function may run, or go on running, afterwards.
@@ -106,7 +107,7 @@ class ConnectionThreads:
         )
 
     def _run(self) -> None:
-        connection: sqlite3.Connection | None = None
+        connection: C | None = None
         while True:
             loop, future, function, args = self._queue.get()
             result: Any = None

@@ -10,6 +10,7 @@ from metasvc.errors import StoreError
 from metasvc.model import Dentry, Inode, VolumeFormat
 from metasvc.store import Loaded, Ownership
 from metasvc.store.sqlite import ownership as owning
+from metasvc.store.sqlite.database import WriterConnection
 from metasvc.store.sqlite.owner_lock import OwnerLock
 from metasvc.store.sqlite.rows import load_rows, scan_directory, scan_table
 from metasvc.store.sqlite.threads import ConnectionThreads
@@ -38,8 +39,8 @@ class SqliteVolume:
         volume_id: int,
         volume_format: VolumeFormat,
         *,
-        writer: ConnectionThreads,
-        readers: ConnectionThreads,
+        writer: ConnectionThreads[WriterConnection],
+        readers: ConnectionThreads[sqlite3.Connection],
         lock: OwnerLock,
         clock: Callable[[], float],
     ) -> None:
@@ -97,7 +98,7 @@ class SqliteVolume:
             self._closed = True
             await self._writer.call(_unlock, self._lock)
 
-    async def _write(self, function: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts) -> T:
+    async def _write(self, function: Callable[[WriterConnection, *Ts], T], *args: *Ts) -> T:
         self._check_open()
         return await self._writer.call(function, *args)
 

@@ -69,8 +69,9 @@ async def test_everything_is_there_after_reopening(world: SqliteWorld) -> None:
         assert (await acquire(again)).last_batch == 1
 
 
+@pytest.mark.parametrize("data_bytes", [80, 4000])  # with and without room in the log
 async def test_after_kill_9_acknowledged_batches_are_there_and_none_is_half_there(
-    world: SqliteWorld, seed: int
+    world: SqliteWorld, seed: int, data_bytes: int
 ) -> None:
     chosen = random.Random(seed)
     async with world.running():
@@ -78,7 +79,7 @@ async def test_after_kill_9_acknowledged_batches_are_there_and_none_is_half_ther
         await world.end_processes()
         acknowledged = 0
         for life in range(1, 9):
-            async with Program("commit_forever.py", str(world.path)) as program:
+            async with Program("commit_forever.py", str(world.path), str(data_bytes)) as program:
                 for _ in range(chosen.randint(1, 60)):
                     acknowledged = int(await program.line())
                 acknowledged = int(([str(acknowledged)] + await program.kill())[-1])
@@ -90,7 +91,7 @@ async def test_after_kill_9_acknowledged_batches_are_there_and_none_is_half_ther
             slices: list[Any] = await volume.scan(SLICE, after=None, limit=1000)
             assert len(slices) == 50
             assert {row.length for row in slices} == {owner.last_batch}
-            assert {row.data for row in slices} == {owner.last_batch.to_bytes(8, "little") * 500}
+            assert {row.data for row in slices} == {owner.last_batch.to_bytes(8, "little") * (data_bytes // 8)}
             counters = await volume.scan(COUNTER, after=None, limit=100_000)
             assert sorted(row[1] for row in counters) == list(range(1, owner.last_batch + 1))
             await volume.release(owner)
@@ -103,7 +104,7 @@ async def test_after_kill_9_acknowledged_batches_are_there_and_none_is_half_ther
 async def test_others_read_a_volume_that_a_process_owns(world: SqliteWorld) -> None:
     async with world.running():
         await world.volume()
-        async with Program("commit_forever.py", str(world.path)) as program:
+        async with Program("commit_forever.py", str(world.path), "4000") as program:
             reader = await world.volume()
             for _ in range(20):
                 acknowledged = int(await program.line())

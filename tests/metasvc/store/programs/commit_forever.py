@@ -1,7 +1,7 @@
-"""Commit to volume tenant/volume of a SQLite database until killed: `commit_forever.py DATABASE`.
+"""Commit to volume tenant/volume of a SQLite database until killed: `commit_forever.py DATABASE BYTES`.
 
-Batch n sets the length of 50 slices to n, their data to 4,000 bytes made of n, and adds the counter ``batch-n``. When its
-commit returned, the line ``n`` is printed.
+Batch n sets the length of 50 slices to n, their data to BYTES bytes (a multiple of 8) made of n, and adds the counter
+``batch-n``. When its commit returned, the line ``n`` is printed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from metasvc.store.tables import COUNTER, SLICE, Batch, Row
 SLICES = 50
 
 
-async def main(path: str) -> None:
+async def main(path: str, data_bytes: int) -> None:
     """Take the volume over and commit."""
     store = await SqliteStore.open(path)
     volume = await store.open_volume("tenant", "volume")
@@ -25,11 +25,11 @@ async def main(path: str) -> None:
     number = owner.last_batch
     while True:
         number += 1
-        data = number.to_bytes(8, "little") * 500
+        data = number.to_bytes(8, "little") * (data_bytes // 8)
         slices: list[Row] = [Slice(SliceId(slice_id), number, 1, 0, data) for slice_id in range(SLICES)]
         await volume.commit(owner, number, Batch({SLICE: slices, COUNTER: [Counter(f"batch-{number}", number)]}, {}))
         sys.stdout.write(f"{number}\n")
         sys.stdout.flush()
 
 
-asyncio.run(main(sys.argv[1]))
+asyncio.run(main(sys.argv[1], int(sys.argv[2])))

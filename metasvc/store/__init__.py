@@ -52,7 +52,8 @@ class VolumeStore(Protocol):
 
         The change is durable before this returns, so every later commit of an earlier owner is fenced.
         Raises NotOwner(address, expires_in_s) while another owner's row has not expired (by the store's clock).
-        Acquiring again with the own nonce counts as a new epoch.
+        A store that can see whether the owner's process lives goes by that instead: at once if it is dead, not
+        while it lives, though the row expired (SQLite). Acquiring again with the own nonce counts as a new epoch.
         """
         ...
 
@@ -77,7 +78,10 @@ class VolumeStore(Protocol):
         ...
 
     async def load(self, keys: dict[Table, list[Key]], groups: dict[Table, list[int]]) -> Loaded:
-        """Read rows by key, and all rows of groups of grouped tables. One trip."""
+        """Read rows by key, and all rows of groups of grouped tables. One trip.
+
+        A row that is asked for twice, by key and by group, may be listed twice.
+        """
         ...
 
     async def scan_dir(self, parent: int, *, after: bytes | None, limit: int) -> list[tuple[Dentry, Inode | None]]:
@@ -89,11 +93,17 @@ class VolumeStore(Protocol):
         ...
 
     async def put_format(self, ownership: Ownership, volume_format: VolumeFormat) -> None:
-        """Replace the stored format (capacity, trash days …). Raises Fenced."""
+        """Replace the stored format (capacity, trash days …). Raises Fenced; ValueError for another tenant, name or uuid.
+
+        Other handles show it when they are opened the next time.
+        """
         ...
 
     async def close(self) -> None:
-        """Free what the handle holds. The ownership is not released by this."""
+        """Free what the handle holds; later calls raise StoreError. May be called twice.
+
+        The ownership is not released by this, but a store that sees whether owners live takes its owner for dead.
+        """
         ...
 
 
@@ -113,7 +123,10 @@ class Store(Protocol):
         ...
 
     async def delete_volume(self, tenant: str, name: str) -> None:
-        """Delete a volume with all its rows. Raises VolumeMissing, NotOwner if somebody owns it."""
+        """Delete a volume with all its rows. Raises VolumeMissing, NotOwner if somebody owns it.
+
+        Its name is free at once and its owners are fenced; handles that are still open find some or no rows.
+        """
         ...
 
     async def close(self) -> None:

@@ -3,7 +3,8 @@
 A store knows these and no rule about them. Every key starts with the volume (bound when the store is
 opened, hence not in the rows here). A *grouped* table has a two-part key (group, member): all rows of one
 group can be loaded together and scanned in order of the member (integers by value, bytes by memcmp).
-The columns are documented where the row types are defined: metasvc.model.
+The columns are documented where the row types are defined: metasvc.model. Values are ``int`` of 64 bits with sign, ``bytes``
+of any content, and ``str`` that is Unicode (no lone surrogates, no NUL): what came from os.fsdecode() must be made so first.
 
 ================  ==========================  ==========================================================
 table             key                         one row for

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import select
-from collections import deque
 from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Final, Self
@@ -35,7 +34,7 @@ class _Lock:
 
     def __init__(self) -> None:
         self._is_held = False
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: list[asyncio.Future[None]] = []
         self._wake: asyncio.Handle | None = None
 
     async def __aenter__(self) -> None:
@@ -56,7 +55,8 @@ class _Lock:
     def _wake_next(self) -> None:
         self._wake = None
         while self._waiting and not self._is_held:
-            turn = self._waiting.popleft()
+            # The last to come: its buffer is the warmest, and idle tasks stay idle.
+            turn = self._waiting.pop()
             if not turn.done():
                 turn.set_result(None)
                 return

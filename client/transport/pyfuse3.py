@@ -38,9 +38,10 @@ _ROOT: Final = pyfuse3.ROOT_INODE
 _BLKSIZE_BYTES: Final = 128 * 1024
 _STATFS_UNIT_BYTES: Final = 4096
 _NAME_MAX: Final = 255
-# Each task may come to hold a request's buffer of 1 MiB.
-_MIN_TASKS: Final = 1
-_MAX_TASKS: Final = 32
+# A request that waits (for a commit, for a bucket that is away) holds a task, and those that need no waiting must still find
+# one. A task holds a buffer of 1 MiB, of which small requests touch a page.
+_IDLE_TASKS: Final = 8
+_MAX_TASKS: Final = 128
 _DETACH_DEADLINE_S: Final = 30.0
 _NOTIFY_DEADLINE_S: Final = 2.0
 
@@ -409,7 +410,7 @@ class Pyfuse3Transport:
         self._is_mounted = True
         self._vfs.attach(self)
         try:
-            await pyfuse3.main(_MIN_TASKS, _MAX_TASKS)
+            await pyfuse3.main(_IDLE_TASKS, _MAX_TASKS)
         finally:
             self._is_mounted = False
             self._loop.stop_reading()

@@ -77,7 +77,11 @@ class Flusher:
             except TimeoutError:
                 pass
             self._wake.clear()
-            await self.flush_due()
+            try:
+                await self.flush_due()
+            except Exception:
+                # An edge: a bug with one file must not end the flushing of all others.
+                self._log.exception("the background flush failed unexpectedly")
 
     async def flush_due(self) -> None:
         """Flush the files that are due now. Never raises for a file's sake."""

@@ -79,7 +79,7 @@ class Flusher:
             self._wake.clear()
             try:
                 await self.flush_due()
-            except Exception:
+            except Exception:  # noqa: BLE001 - an edge, logged with its traceback
                 # An edge: a bug with one file must not end the flushing of all others.
                 self._log.exception("the background flush failed unexpectedly")
 

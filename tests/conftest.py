@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import os
 import secrets
+import signal
 
 import pytest
 from hypothesis import settings
@@ -19,6 +20,11 @@ _SEED = int(os.environ.get(_SEED_VARIABLE) or secrets.randbits(32))
 # a failure prints the blob that repeats it.
 settings.register_profile("atoll", deadline=None, print_blob=True, derandomize=False)
 settings.load_profile("atoll")
+
+
+def pytest_configure() -> None:
+    """Clean up on SIGTERM as on Control-C: else servers and mounts of the tests would stay behind."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:

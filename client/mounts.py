@@ -39,6 +39,9 @@ class Mount:
         return self.fstype == FSTYPE
 
 
+_UNLISTED: Final = Mount(mount_id=-1, mountpoint="/", root="/", fstype="", source="", read_only=False, device="")
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """An existing file, as a mount and a path on it."""
@@ -103,7 +106,8 @@ def place_of(path: str, *, follow: bool = True) -> Place:
     for mount in read_mounts():
         if mount.mount_id == mount_id:
             return Place(mount, _inner_path(real, mount))
-    raise OSError(errno.ENOENT, f"no mount of this name space holds {path}")
+    # In a chroot into a plain directory the kernel does not list the mount that the root lies on. Ours it would list.
+    return Place(_UNLISTED, os.fsencode(real))
 
 
 def _inner_path(real: str, mount: Mount) -> bytes:

@@ -172,11 +172,11 @@ class MountProcess:
                 )
             )
             self._volume = volume
+            root = await self._find_root(volume)
             await self._check_bucket(volume)
             meta = await stack.enter_async_context(volume.session(mountpoint=request.mountpoint))
             lengths = dict(staged_in(request.cache_dir, volume.format).lengths)
             chunks = await stack.enter_async_context(ChunkStore(self._chunk_config(volume), bucket=volume.bucket()))
-            root = await self._find_root(volume)
             self._write_record()
             vfs = self._make_vfs(volume, meta, chunks, root)
             self._mount = volume.mounting = Mount(request, vfs, chunks)

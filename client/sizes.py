@@ -5,12 +5,14 @@ Owns the spelling of sizes on the command line. Pure.
 
 from __future__ import annotations
 
+import math
 import re
-from fractions import Fraction
 from typing import Final
 
 _BINARY: Final = {"K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
-_SIZE: Final = re.compile(r"(?P<number>\d{1,20}(?:\.\d{1,6})?)\s*(?:(?P<letter>[kKMGTP])(?P<rest>iB|B)?|B)?", re.ASCII)
+_SIZE: Final = re.compile(
+    r"(?P<whole>\d{1,20})(?:\.(?P<part>\d{1,6}))?\s*(?:(?P<letter>[kKMGTP])(?P<rest>iB|B)?|B)?", re.ASCII
+)
 
 # What fits a signed 64-bit column of every store.
 MAX_SIZE_BYTES: Final = (1 << 63) - 1
@@ -30,12 +32,14 @@ def parse_size(text: str) -> int:
     base = 1000 if rest == "B" else 1024
     if letter == "k" and rest != "B":
         raise ValueError(f"{text!r} is no size: write KiB for 1024 or kB for 1000 bytes")
-    size = Fraction(match["number"]) * base ** (_BINARY[letter.upper()] if letter else 0)
-    if size.denominator != 1:
+    part = match["part"] or ""
+    unit = math.prod([base] * (_BINARY[letter.upper()] if letter else 0))
+    size, rest_of_byte = divmod(int(match["whole"] + part) * unit, int("1" + "0" * len(part)))
+    if rest_of_byte:
         raise ValueError(f"{text!r} is no whole number of bytes: give a round figure")
     if size > MAX_SIZE_BYTES:
         raise ValueError(f"{text!r} is more than any volume holds: give at most 8191PiB")
-    return int(size)
+    return size
 
 
 def format_size(size_bytes: int) -> str:

@@ -57,6 +57,7 @@ class _Findings:
     verified_objects: int = 0
     staged_slices: int = 0
     _paths: dict[SliceId, list[JsonObject]] = field(default_factory=dict)
+    _blocks: set[str] = field(default_factory=set)
 
     async def add(self, code: str, text: str, *, inode: int = 0, repairable: bool = False, **more: object) -> None:
         self.count += 1
@@ -68,7 +69,10 @@ class _Findings:
         await self.asked.items("problems", [row])
 
     async def add_block(self, code: str, text: str, slice_id: SliceId, key: str) -> None:
-        """Report a bad block with the files that it belongs to."""
+        """Report a bad block with the files that it belongs to; once, though a listing and a read may both find it."""
+        if key in self._blocks:
+            return
+        self._blocks.add(key)
         await self.add(code, text, slice_id=slice_id, object=key, files=await self._files_of(slice_id))
 
     async def _files_of(self, slice_id: SliceId) -> list[JsonObject]:

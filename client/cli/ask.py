@@ -152,9 +152,11 @@ def _ask_here(
 
 async def _operate(address: EmbeddedAddress, request: Request, shown_to: Shown, *, command: str) -> JsonObject:
     from client.admin.operations import run_operation
+    from client.cli.output import keep_quiet
     from client.control.endpoint import Peer
     from client.volume import open_volume
 
+    keep_quiet()
     report = LocalReport(shown_to.progress)
     peer = Peer(os.getpid(), os.geteuid(), os.getegid())
     async with open_volume(address, owner=f"`atoll {command}`", env=os.environ) as volume:

@@ -19,9 +19,7 @@ def command(source: str, destination: str, *, as_json: bool) -> None:
     """Copy the file or tree SRC to DST, of the same volume, without copying bytes. DST must be free."""
     first, second = named_path(source), named_path(destination)
     if first.address != second.address:
-        raise click.UsageError(
-            f"a clone stays in its volume: {shown(source)} and {shown(destination)} are in two; copy instead"
-        )
+        raise click.UsageError(f"{shown(source)} and {shown(destination)} are in two volumes: copy instead")
     params = {"source": first.target(), "target": second.target()}
     document = ask(first.address, "clone", params, command="clone")
     if as_json:

@@ -19,7 +19,7 @@ import click
 from chunkstore.errors import AtollError
 from client.address import META_DB, OBJECTS, AddressInvalid, EmbeddedAddress, parse_address, shown, split_path
 from client.cli.options import COUNT, DAYS, SIZE, json_option
-from client.cli.output import echo_json, limit
+from client.cli.output import echo_json, keep_quiet, limit
 from client.sizes import format_size
 from metasvc.errors import VolumeExists
 from metasvc.model import VolumeFormat
@@ -111,6 +111,7 @@ def command(
         trash_days=trash_days,
         created_ns=time.time_ns(),
     )
+    keep_quiet()
     _check_free(where)
     asyncio.run(_make(where, volume_format, create_bucket=create_bucket))
     if as_json:

@@ -86,6 +86,13 @@ def moment(time_ns: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_ns / 1e9))
 
 
+def keep_quiet() -> None:
+    """Keep the library's log off stderr: a command says what went wrong once, in one line, when it gives up."""
+    import logging
+
+    logging.getLogger().addHandler(logging.NullHandler())
+
+
 def say(message: str) -> None:
     """Print a message for people on stderr."""
     click.echo(f"atoll: {message}", err=True)

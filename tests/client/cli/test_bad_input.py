@@ -35,14 +35,14 @@ SOME_KEYS = {"AWS_ACCESS_KEY_ID": "SOMEKEY", "AWS_SECRET_ACCESS_KEY": "some-secr
 class Place:
     """A volume, a mount point and a cache directory that nothing has touched yet."""
 
-    def __init__(self, top: Path) -> None:
+    def __init__(self, top: Path, formatted: Path) -> None:
         self.top = top
         self.volume = top / "volume"
         self.mountpoint = top / "mnt"
         self.cache = top / "cache"
         self.mountpoint.mkdir()
         self.cache.mkdir()
-        done("format", self.volume)
+        shutil.copytree(formatted, self.volume)
 
     def set_format_version(self, version: int) -> None:
         with sqlite3.connect(self.volume / "meta.db") as database:
@@ -72,9 +72,17 @@ class Place:
         return ["mount", str(self.volume), str(self.mountpoint), "--cache-dir", str(self.cache), *options]
 
 
+@pytest.fixture(scope="module")
+def formatted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Format one volume; each test gets a copy."""
+    path = tmp_path_factory.mktemp("formatted") / "volume"
+    done("format", path)
+    return path
+
+
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path)
+def place(tmp_path: Path, formatted: Path) -> Place:
+    return Place(tmp_path, formatted)
 
 
 def free_port() -> int:
@@ -155,7 +163,9 @@ REFUSALS = {
     "mount point": [
         Refusal("mount {volume} {top}/absent --cache-dir {cache}", r"create it with mkdir"),
         Refusal("mount {volume} {volume}/meta.db --cache-dir {cache}", r"no directory: choose an empty one"),
-        Refusal("mount {volume} {mnt} --cache-dir {cache}", r"not empty: choose an empty directory", before=use_mountpoint),
+        Refusal(
+            "mount {volume} {mnt} --cache-dir {cache}", r"not empty: choose an empty directory", before=use_mountpoint
+        ),
         Refusal("mount {volume} {volume}/objects --cache-dir {cache}", r"choose one outside of it"),
         Refusal("umount {mnt}", r"no volume is mounted .*look at"),
         Refusal("umount {top}/absent", r"no volume is mounted .*look at"),

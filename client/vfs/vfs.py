@@ -352,9 +352,23 @@ class Vfs:
         """Return the value of an attribute. ENODATA."""
         if ino >= FIRST_INO:
             _refuse(E.ENODATA)
+        if name == xattrs.CAPABILITY:
+            return await self._capability(ino)
         if name.startswith(xattrs.PREFIX):
             return await self._virtual_xattr(ino, name)
         return await self._meta.getxattr(ino, name)
+
+    async def _capability(self, ino: Ino) -> bytes:
+        file = self._files.get(ino)
+        if file is None or self.options.attr_timeout_s < _SOLE_S:
+            return await self._meta.getxattr(ino, xattrs.CAPABILITY)
+        if file.lacks_capability:
+            _refuse(E.ENODATA)
+        try:
+            return await self._meta.getxattr(ino, xattrs.CAPABILITY)
+        except FsError as error:
+            file.lacks_capability = error.errno == E.ENODATA
+            raise
 
     async def _virtual_xattr(self, ino: Ino, name: bytes) -> bytes:
         if name not in xattrs.NAMES:
@@ -384,6 +398,9 @@ class Vfs:
             _refuse(E.EPERM)
         await self._meta.setxattr(caller, ino, name, value, flags=flags)
         self._changed()
+        file = self._files.get(ino)
+        if file is not None:
+            file.lacks_capability = False
 
     async def removexattr(self, caller: Caller, ino: Ino, name: bytes) -> None:
         """Remove an attribute. ENODATA; EPERM for `user.atoll.*`."""

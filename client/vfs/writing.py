@@ -163,6 +163,7 @@ class Writing:
         "committed",
         "flushing",
         "inode",
+        "lacks_capability",
         "mtime_ns",
         "pending",
         "size",
@@ -182,6 +183,8 @@ class Writing:
         """The length as applications see it, unflushed writes included."""
         self.mtime_ns: int | None = None
         """Time of the last write that is not committed; None if the committed mtime holds."""
+        self.lacks_capability = False
+        """Whether `security.capability` is known not to be set: the kernel asks for it before each write(2)."""
         self.changing = asyncio.Lock()
         self.flushing = asyncio.Lock()
         self._current: PendingSlice | None = None

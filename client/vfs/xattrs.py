@@ -17,6 +17,8 @@ from chunkstore.geometry import SliceId
 from client.vfs.committed import CommittedMap
 from metasvc.model import Ino
 
+CAPABILITY: Final = b"security.capability"
+"""What Linux asks for before it lets somebody write: not ours, but asked for so often that its absence is kept."""
 PREFIX: Final = b"user.atoll."
 DURABILITY: Final = b"user.atoll.durability"
 INODE: Final = b"user.atoll.inode"

@@ -141,6 +141,23 @@ def test_the_durability_of_a_file_is_told_by_an_attribute_that_is_not_listed(tmp
     asyncio.run(scenario())
 
 
+def test_a_capability_is_seen_as_soon_as_it_is_set_although_its_absence_was_kept(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with Place(tmp_path).opened() as volume:
+            vfs, name = volume.vfs, b"security.capability"
+            handle = await vfs.create(ROOT, ROOT_INO, b"file", mode=0o755, flags=os.O_RDWR)
+            ino = handle.inode.ino
+            for _ in range(2):
+                assert await refused(vfs.getxattr(ino, name)) == E.ENODATA
+            await vfs.setxattr(ROOT, ino, name, b"cap")
+            assert await vfs.getxattr(ino, name) == b"cap"
+            await vfs.removexattr(ROOT, ino, name)
+            assert await refused(vfs.getxattr(ino, name)) == E.ENODATA
+            await vfs.release(handle.fh)
+
+    asyncio.run(scenario())
+
+
 def test_nothing_above_the_directory_that_is_mounted_can_be_reached_by_name(tmp_path: Path) -> None:
     async def scenario() -> None:
         place = Place(tmp_path)

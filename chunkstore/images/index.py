@@ -151,6 +151,8 @@ class ImageIndex:
 
     def put(self, slice_id: SliceId, entry: Entry) -> None:
         """Add or replace an entry, as used last."""
+        if self._gone_while_loading is not None:
+            self._gone_while_loading.discard(slice_id)
         self._remove(slice_id)
         self._recent[slice_id] = _pack(entry)
         self._count += 1

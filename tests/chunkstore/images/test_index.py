@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from chunkstore.geometry import KIB, MIB, SliceId
 from chunkstore.images.index import Entry, ImageIndex, big_entry, found_images, small_entry
 
-ids = st.integers(0, 40).map(lambda number: SliceId(number * 0x1_0000_0001))
+ids = st.integers(0, 12).map(lambda number: SliceId(number * 0x1_0000_0001))
 entries = st.one_of(
     st.builds(small_entry, st.integers(1, MIB), st.integers(0, 2**32 - 1)),
     st.integers(1, 2**32 - 1).flatmap(lambda length: st.builds(big_entry, st.just(length), st.integers(0, length))),
@@ -62,7 +62,6 @@ def test_it_agrees_with_a_model(
             assert index.space_bytes == sum(entry.space_bytes for entry in model.values())
 
     play(early)
-    assert not index.is_loaded
     gone = index.load(found_images(found.items()))
     assert index.is_loaded
     assert dict(gone) == {

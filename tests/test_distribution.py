@@ -85,7 +85,7 @@ def test_every_dependency_is_pinned() -> None:
 
 
 def test_every_make_verb_that_the_readme_names_exists() -> None:
-    named = set(re.findall(r"\bmake ([a-z-]+)\b", (ROOT / "README.md").read_text()))
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)\b", (ROOT / "README.md").read_text(), flags=re.MULTILINE))
     verbs = set(re.findall(r"^([a-z-]+):.* ## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert {"run", "stop", "test", "test-all", "check", "bench"} <= named
     assert named <= verbs

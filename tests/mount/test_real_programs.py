@@ -483,15 +483,24 @@ def make_wheel(directory: Path, modules: int) -> Path:
     return wheel
 
 
+@pytest.mark.parametrize(
+    ("venv_options", "modules"),
+    [
+        pytest.param(("--without-pip",), 150, id="pip from outside"),
+        pytest.param((), 400, id="pip of its own", marks=pytest.mark.slow),
+    ],
+)
 def test_pip_installs_into_a_virtual_environment_and_takes_out_again_what_it_put_there(
-    mounted_volume: MountedVolume, tmp_path: Path
+    mounted_volume: MountedVolume, tmp_path: Path, venv_options: tuple[str, ...], modules: int
 ) -> None:
-    modules = 400
     wheel = make_wheel(tmp_path, modules)
     environment = mounted_volume.path / "venv"
-    run(sys.executable, "-m", "venv", environment)
+    run(sys.executable, "-m", "venv", *venv_options, environment)
     python = environment / "bin" / "python"
-    pip = (python, "-m", "pip", "--isolated", "--disable-pip-version-check", "--no-cache-dir")
+    pip: tuple[str | Path, ...] = (python, "-m", "pip")
+    if venv_options:
+        pip = (sys.executable, "-m", "pip", "--python", python)
+    pip = (*pip, "--isolated", "--disable-pip-version-check", "--no-cache-dir")
     expected = f"{sum(range(modules))} 300000\n"
     run(*pip, "install", "--no-index", wheel)
     assert run(environment / "bin" / "reef") == expected

@@ -266,8 +266,9 @@ class FaultProxy:
     async def _answer(self, request: web.BaseRequest, record: Request) -> web.StreamResponse:
         match record.fault:
             case Status(code):
-                # The body is read, as a server does that wants to keep the connection.
-                await request.read()
+                # The body is read, as a server does that wants to keep the connection; read() would refuse one over 1 MiB.
+                while await request.content.readany():
+                    pass
                 record.status = code
                 return web.Response(status=code, body=b"")
             case Delay(seconds):

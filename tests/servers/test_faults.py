@@ -68,7 +68,7 @@ def test_a_status_is_answered_so_many_times_and_the_server_sees_none_of_it(
     rule = fault_proxy.inject(Status(code), method="PUT", times=2)
     for _ in range(2):
         with pytest.raises(BaseError, match=str(code)):
-            obstore.put(proxied, "key", b"bytes", use_multipart=False)
+            obstore.put(proxied, "key", bytes(3_000_000), use_multipart=False)
     assert s3_server.requests(bucket.name).by_type["PUT"] == 1, "the one that made the bucket"
     obstore.put(proxied, "key", b"bytes", use_multipart=False)
     assert rule.hits == 2

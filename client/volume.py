@@ -39,6 +39,9 @@ DEFAULT_BUCKET: Final = "file:objects"
 HOLDER_WAIT_S: Final = 10.0
 """How long a command waits for a holder that is ending."""
 POLL_S: Final = 0.05
+EMBEDDED_TTL_S: Final = 10 * 365 * 86400.0
+"""An embedded volume's ownership does not run out by time: a lock file says whether its process lives, and each commit is
+fenced. A lease of seconds would end a mount that a suspended laptop, or a disk stalled for ten seconds, kept from renewing."""
 MOUNT_OWNER: Final = "the mount at "
 """How the owner's address of a mount begins; its mount point follows."""
 
@@ -162,7 +165,7 @@ class OpenVolume:
         from metasvc.engine import EngineSession
 
         session = await EngineSession.begin(
-            self.engine, host=socket.gethostname(), pid=os.getpid(), mountpoint=mountpoint
+            self.engine, host=socket.gethostname(), pid=os.getpid(), mountpoint=os.fsencode(mountpoint).decode(errors="replace")
         )
         async with session:
             yield session
@@ -255,7 +258,7 @@ async def _acquire(store: VolumeStore, *, owner: str, wait_s: float) -> Engine:
     deadline_s = time.monotonic() + wait_s
     while True:
         try:
-            return await Engine.open(store, address=owner)
+            return await Engine.open(store, address=owner, ttl_s=EMBEDDED_TTL_S)
         except NotOwner:
             if time.monotonic() >= deadline_s:
                 raise

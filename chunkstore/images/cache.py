@@ -9,8 +9,8 @@ and the change that follows from it:
   gives the descriptor to a thread; only the end of that thread unpins, also when the reader is cancelled. Descriptors are
   closed, and frames punched, only at zero pins. So a read sees all of its frames as they were, or is a miss.
 - *Eviction*: clear the state, then write that to the side file, then punch. From the moment of the first step reads miss; a
-  store to that image waits for `punching`, so no newly fetched frame is punched. A whole image is unlinked; a reader that
-  has it pinned goes on with the descriptor.
+  store to that image waits for `punching`, and stays pinned until its frames are marked, so no newly fetched frame is punched.
+  A whole image is unlinked; a reader that has it pinned goes on with the descriptor.
 - *Files of one slice* are made, opened by name, renamed and removed by one task at a time (`Exclusive`), so a removal never
   takes the file that a later fetch has made. Such tasks belong to the cache and are never cancelled, only waited for: a
   reader that is cancelled stops waiting for an opening, and nothing leaks.
@@ -323,24 +323,26 @@ class ImageCache:
         if not self.is_writable:
             return False
         image = await self._open(info, may_create=True)
-        try:
-            while image is not None and image.punching is not None:
-                await asyncio.shield(image.punching)
-            if image is None or not image.is_alive() or image.states is None:
+        while image is not None and image.punching is not None:
+            await asyncio.shield(image.punching)
+        if image is None or not image.is_alive() or image.states is None or image.block_used is None:
+            return False
+        # Pinned until the frames are marked. The thread's own pin ends some turns of the loop before this resumes, and a punch
+        # in between would leave them marked and empty.
+        with self.opened.pinned(image):
+            try:
+                await self.opened.run(image, self._write_frames, image, block_index, runs, digests)
+            except OSError as error:
+                self.failed(error, info.slice_id)
                 return False
-            await self.opened.run(image, self._write_frames, image, block_index, runs, digests)
-        except OSError as error:
-            self.failed(error, info.slice_id)
-            return False
-        if not image.is_alive():
-            return False
-        self._tick += 1
-        for run in runs:
-            image.mark(run.first_frame, run.frame_count, PRESENT)
-            self.counters.written_bytes += memoryview(run.data).nbytes
-        assert image.block_used is not None
-        image.block_used[block_index] = self._tick
-        image.is_dirty = True
+            if image.is_buried():
+                return False
+            self._tick += 1
+            for run in runs:
+                image.mark(run.first_frame, run.frame_count, PRESENT)
+                self.counters.written_bytes += memoryview(run.data).nbytes
+            image.block_used[block_index] = self._tick
+            image.is_dirty = True
         if info.slice_id not in self._staged:
             self.index.put(info.slice_id, _entry(image))
         self.has_grown.set()
@@ -482,9 +484,10 @@ class ImageCache:
             image_files.remove(self._disk, path, side_path)
 
     async def punch(self, image: Image, block_indexes: Sequence[int]) -> int:
-        """Give up blocks of an image that nothing has pinned; return how many bytes they held."""
+        """Give up blocks of an image that nothing has pinned; return how many bytes they held. Never of a staged one."""
         if (
             image.pins
+            or image.slice_id in self._staged
             or not image.is_alive()
             or image.is_handed_out
             or image.punching is not None

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final, TypeVar
 
 from chunkstore.background import Executors, TaskSet
@@ -93,18 +94,32 @@ class OpenImages:
             raise ImageGone
         image.pins += 1
         job = self._executors.start_disk(call, *args)
-        job.add_done_callback(lambda done: self._unpin(image, done))
+        job.add_done_callback(lambda done: self._ended(image, done))
         return job
 
     async def run(self, image: Image, call: Callable[..., T], *args: object) -> T:
         """Run disk work like `start`; a cancellation leaves it running, and the image pinned, to its end."""
         return await asyncio.shield(self.start(image, call, *args))
 
-    def _unpin(self, image: Image, job: asyncio.Future[T]) -> None:
-        image.pins -= 1
+    @contextmanager
+    def pinned(self, image: Image) -> Iterator[None]:
+        """Keep an image pinned over awaits of the caller. ImageGone like `start`."""
+        if not image.is_alive():
+            raise ImageGone
+        image.pins += 1
+        try:
+            yield
+        finally:
+            self._unpin(image)
+
+    def _ended(self, image: Image, job: asyncio.Future[T]) -> None:
         if not job.cancelled():
             # Whoever waits gets it too; but nobody may be waiting any more.
             job.exception()
+        self._unpin(image)
+
+    def _unpin(self, image: Image) -> None:
+        image.pins -= 1
         if image.is_buried() and image.pins == 0:
             self._tasks.start(self._close([image]), name="close a dropped image")
 

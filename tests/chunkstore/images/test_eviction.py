@@ -5,12 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+import pytest
 
 from chunkstore.geometry import KIB, MIB
 from chunkstore.images.disk import Disk, Space
+from chunkstore.images.image import Image
 from chunkstore.slices import ChunkStore, Durability, SliceInfo
 from tests.chunkstore.stores import Workshop, content, settled, unavailable, written
+
+T = TypeVar("T")
 
 
 async def looked(store: ChunkStore) -> None:
@@ -165,6 +172,34 @@ async def test_a_block_fetched_while_it_is_punched_is_not_lost(tmp_path: Path) -
         await settled(store)
         assert await store.read(info, 0, len(data)) == data
         assert len(workshop.bucket.gets) == 1, "kept after the punch"
+
+
+async def test_a_punch_between_a_write_and_its_marks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Seen once as zeros: the thread that wrote the frames had ended, the coroutine that marks them had not resumed.
+    workshop = Workshop(tmp_path, block_bytes=4 * MIB)
+    data = content(12 * MIB)
+    async with workshop.opened() as store:
+        info = await written(store, 1, data)
+        store.forget(info.slice_id)
+        await settled(store)
+        start = store._cache.opened.start
+        punches: list[asyncio.Task[int]] = []
+
+        def start_and_punch(image: Image, call: Callable[..., T], *args: object) -> asyncio.Future[T]:
+            job = start(image, call, *args)
+            if call == store._cache._write_frames:
+                punch = store._cache.punch
+                job.add_done_callback(lambda _: punches.append(asyncio.ensure_future(punch(image, [0, 1, 2]))))
+            return job
+
+        monkeypatch.setattr(store._cache.opened, "start", start_and_punch)
+        for _ in range(2):
+            assert await store.read(info, 0, len(data)) == data
+            await asyncio.gather(*punches)
+            await settled(store)
+        assert len(punches) >= 3
 
 
 async def test_the_floor_of_free_space_counts_as_well(tmp_path: Path) -> None:

@@ -5,10 +5,10 @@ noted by the owner), trash whose time is up, and *leaked* objects, which no row 
 it committed.
 
 Why nothing that lives is deleted: an object is taken for leaked if its slice is not live in the table of its group, which was
-read before the object was listed; then, one after the other, the id may not be pending (handed out to a live session, which
-may still commit it), and the slice may still not be live. A commit makes a slice live before its session could end, so one
-of the two holds at any moment for a slice that will be needed. While other sessions live, objects younger than an hour
-are left alone besides.
+read before the object was listed, and is not live when asked for; then, one after the other, the id may not be pending
+(handed out to a live session, which may still commit it), and the slice may still not be live. A commit makes a slice live
+before its session could end, so one of the two holds at any moment for a slice that will be needed. While other sessions
+live, objects younger than an hour are left alone besides.
 """
 
 from __future__ import annotations
@@ -154,11 +154,14 @@ async def _collect_leaked(asked: Asked, tally: Tally, *, dry_run: bool) -> None:
 
 
 async def _is_leaked(volume: OpenVolume, found: ObjectId) -> bool:
-    # In this order: see the module's text.
-    if await volume.admin.is_pending(found.slice_id):
-        return False
-    row = await live_slice(volume.admin, found.slice_id)
+    admin = volume.admin
+    row = await live_slice(admin, found.slice_id)
     if row is None:
-        # A staged slice is not committed yet, or was staged by a mount that died: its upload is still to come.
+        # In this order: see the module's text.
+        if await admin.is_pending(found.slice_id):
+            return False
+        row = await live_slice(admin, found.slice_id)
+    if row is None:
+        # What is staged was committed and removed since, or is being given up; either way its turn comes.
         return volume.mounting is None or not volume.mounting.chunks.is_staged(found.slice_id)
     return not has_block(row, found.block_index, volume.format.block_bytes)

@@ -1,0 +1,597 @@
+"""Every command end to end: on a volume that nobody holds, and through the mount that holds it, with equal results."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client.cli.main import COMMANDS
+from tests.client.cli.commands import done, run
+from tests.mount.mounted import ATOLL, MountedVolume, detach, is_mount_point, mounted, wait_until_gone
+
+MIB = 1 << 20
+
+
+class Sides:
+    """One volume, to be asked in both ways."""
+
+    def __init__(self, volume: MountedVolume) -> None:
+        self.volume = volume
+        self.address = volume.address
+
+    def both(self, *arguments: str) -> dict[str, Any]:
+        """Return the document of a command that changes nothing; it must be the same with and without a holder."""
+        held = done(*arguments, "--json").document
+        self.volume.unmount()
+        free = done(*arguments, "--json").document
+        self.volume.mount()
+        assert free == held
+        return held
+
+
+@pytest.fixture
+def sides(mounted_volume: MountedVolume) -> Sides:
+    return Sides(mounted_volume)
+
+
+def make_tree(top: Path) -> None:
+    """Make a file of blocks, an inline one, one with a hole and two names, a link, and a name that is no UTF-8."""
+    (top / "dir").mkdir()
+    (top / "dir" / "big").write_bytes(os.urandom(5 * MIB))
+    (top / "dir" / "small").write_bytes(b"small")
+    with open(top / "holes", "wb") as file:
+        file.seek(3 * MIB)
+        file.write(b"end")
+    os.link(top / "holes", top / "dir" / "other name")
+    (top / "link").symlink_to("dir/big")
+    with open(os.fsencode(top) + b"/not utf-8 \xff", "wb") as raw:
+        raw.write(b"x")
+
+
+# -- asking -----------------------------------------------------------------------------------------------------------------
+
+
+def test_status_tells_volume_usage_and_holder(sides: Sides) -> None:
+    volume = sides.volume
+    make_tree(volume.path)
+    held = volume.document("status", sides.address)
+    assert held["holder"]["pid"] == volume.pid
+    assert held["holder"]["mountpoint"] == str(volume.path)
+    assert held["holder"]["phase"] == "mounted"
+    assert [(row["pid"], row["mountpoint"]) for row in held["sessions"]] == [(volume.pid, str(volume.path))]
+    assert held["cache"]["directory"].startswith(str(volume.cache_dir))
+    assert held["usage"]["used_inodes"] == 7
+    assert held["usage"]["used_bytes"] == 5 * MIB + 4096 + (3 * MIB + 4096) + 4096
+    volume.unmount()
+    free = volume.document("status", sides.address)
+    assert (free["holder"], free["sessions"], free["cache"]) == (None, [], None)
+    assert free["epoch"] > held["epoch"]
+    assert (free["format"], free["usage"], free["trash"]) == (held["format"], held["usage"], held["trash"])
+    assert done("status", sides.address).stdout.startswith("volume")
+    volume.mount()
+    assert str(volume.path) in done("status", sides.address).stdout
+    # A path under the mount stands for its volume.
+    assert volume.document("status", str(volume.path / "dir"))["address"] == sides.address
+
+
+def test_info_of_files_directories_and_links(sides: Sides) -> None:
+    make_tree(sides.volume.path)
+    big = sides.both("info", f"{sides.address}:/dir/big")
+    assert (big["type"], big["size_bytes"], big["durability"], big["slice_count"]) == ("file", 5 * MIB, "object", 1)
+    assert big["slices"][0]["objects"] == 2
+    assert (Path(sides.address) / "objects" / big["slices"][0]["first_object"]).exists()
+    assert sides.volume.document("info", str(sides.volume.path / "dir" / "big")) == big
+    # The kernel follows a link where a slash asks for it, and ADDRESS:/path follows links on the way.
+    assert sides.volume.document("info", f"{sides.address}:/link")["type"] == "symlink"
+    assert sides.volume.document("info", str(sides.volume.path / "link"))["target"] == "dir/big"
+    holes = sides.both("info", f"{sides.address}:/holes")
+    assert sorted(holes["paths"]) == ["/dir/other name", "/holes"]
+    small = sides.both("info", f"{sides.address}:/dir/./small/../small")
+    assert (small["durability"], small["slices"][0]["objects"]) == ("inline", 0)
+    tree = sides.both("info", f"{sides.address}:/")
+    assert (tree["entries"], tree["usage"]["files"], tree["usage"]["directories"]) == (4, 6, 2)
+    raw = sides.both("info", f"{sides.address}:/not utf-8 \udcff")
+    assert raw["path"] == "/not utf-8 \udcff"
+    shown = done("info", f"{sides.address}:/not utf-8 \udcff").stdout
+    assert "/not utf-8 \\xff" in shown
+
+
+def test_stats_are_prometheus_text_and_one_object(sides: Sides) -> None:
+    volume = sides.volume
+    make_tree(volume.path)
+    text = volume.atoll("stats", str(volume.path))
+    assert re.search(r'^atoll_fuse_requests_total\{op="WRITE"\} [1-9]', text, re.MULTILINE)
+    assert re.search(r'^atoll_bucket_requests_total\{verb="put"\} 2$', text, re.MULTILINE)
+    names = {line.split(" ")[0].partition("{")[0] for line in text.splitlines() if not line.startswith("#")}
+    assert all(name.startswith("atoll_") for name in names)
+    document = volume.document("stats", sides.address)
+    assert document['atoll_fuse_requests_total{op="MKDIR"}'] == 1
+    virtual = (volume.path / ".atoll" / "stats").read_text()
+    assert names <= {line.split(" ")[0].partition("{")[0] for line in virtual.splitlines()}
+    config = json.loads((volume.path / ".atoll" / "config").read_bytes())
+    assert config["mount"]["pid"] == volume.pid
+    volume.unmount()
+    assert volume.document("stats", sides.address)["atoll_meta_operations_total"] >= 0
+
+
+def test_figures_of_stats_that_are_no_numbers_are_read() -> None:
+    from client.admin.stats import parse_metrics
+
+    text = '# TYPE a counter\na{x="y z"} 3\nb 0.5\nc NaN\nd +Inf\n\n'
+    found = parse_metrics(text)
+    assert (found['a{x="y z"}'], found["b"], found["d"]) == (3, 0.5, float("inf"))
+    assert found["c"] != found["c"]
+
+
+# -- trash, quota, clone ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["held", "free"])
+def ask(mounted_volume: MountedVolume, request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
+    """Return what runs a command on the volume: through its holder, or while nobody holds it."""
+    volume = mounted_volume
+
+    def held(*arguments: str) -> dict[str, Any]:
+        return volume.document(*arguments)
+
+    def free(*arguments: str) -> dict[str, Any]:
+        volume.unmount()
+        try:
+            return volume.document(*arguments)
+        finally:
+            volume.mount()
+
+    return held if request.param == "held" else free
+
+
+Ask = Callable[..., dict[str, Any]]
+
+
+def test_trash_is_listed_restored_and_emptied(mounted_volume: MountedVolume, ask: Ask) -> None:
+    volume = mounted_volume
+    make_tree(volume.path)
+    content = (volume.path / "dir" / "big").read_bytes()
+    (volume.path / "dir" / "small").unlink()
+    # The kernel knows from now on that the name is absent; a restore must tell it otherwise.
+    assert not (volume.path / "dir" / "small").exists()
+    shutil.rmtree(volume.path / "dir")
+    (volume.path / "link").unlink()
+    entries = ask("trash", "list", volume.address)["entries"]
+    assert [(row["name"], row["type"]) for row in entries if row["path"] is not None][-2:] == [
+        ("dir", "directory"),
+        ("link", "symlink"),
+    ]
+    ids = {row["name"]: row["trash_id"] for row in entries}
+    assert "link" in done("trash", "list", volume.address).stdout
+    restored = ask("trash", "restore", volume.address, str(ids["big"]), str(ids["small"]))["restored"]
+    assert [row["path"] for row in restored] == ["/dir/big", "/dir/small"]
+    assert (volume.path / "dir" / "big").read_bytes() == content
+    assert (volume.path / "dir" / "small").read_bytes() == b"small"
+    # A name of a file that has another is no loss, so it is not in the trash.
+    (volume.path / "dir" / "small").unlink()
+    below = ask("trash", "list", f"{volume.address}:/dir")["entries"]
+    assert [row["path"] for row in below] == ["/dir/small"]
+    (volume.path / "link").touch()
+    line = run("trash", "restore", volume.address, str(ids["link"])).error()
+    assert "rename or remove what has its name now" in line
+    assert ask("trash", "empty", volume.address, "--older-than", "1")["removed_entries"] == 0
+    assert ask("trash", "empty", volume.address)["removed_entries"] >= 2
+    assert ask("trash", "list", volume.address)["entries"] == []
+    assert ask("gc", volume.address)["leaked_objects"] == 0
+
+
+def test_quotas_are_set_shown_and_removed(mounted_volume: MountedVolume, ask: Ask) -> None:
+    volume = mounted_volume
+    make_tree(volume.path)
+    limited = f"{volume.address}:/dir"
+    set_now = ask("quota", "set", limited, "--capacity", "20MiB")
+    used = 5 * MIB + 4096 + 3 * MIB + 4096
+    assert (set_now["capacity_bytes"], set_now["used_bytes"], set_now["used_inodes"]) == (20 * MIB, used, 3)
+    changed = ask("quota", "set", limited, "--inodes", "10")
+    assert (changed["capacity_bytes"], changed["max_inodes"]) == (20 * MIB, 10)
+    assert ask("quota", "get", limited) == changed
+    ask("quota", "set", f"{volume.address}:/", "--capacity", "1GiB")
+    rows = ask("quota", "list", volume.address)["quotas"]
+    assert [(row["path"], row["capacity_bytes"]) for row in rows] == [("/", 1 << 30), ("/dir", 20 * MIB)]
+    assert "1.0 GiB" in done("quota", "list", volume.address).stdout
+    assert ask("quota", "remove", limited)["path"] == "/dir"
+    assert "has no quota of its own" in run("quota", "get", limited).error()
+    assert "has no quota of its own" in run("quota", "remove", limited).error()
+
+
+def test_a_clone_has_equal_content_and_is_independent(mounted_volume: MountedVolume, ask: Ask) -> None:
+    volume = mounted_volume
+    make_tree(volume.path)
+    assert not (volume.path / "copy").exists()
+    usage = ask("clone", f"{volume.address}:/dir", f"{volume.address}:/copy")
+    assert (usage["files"], usage["directories"], usage["path"]) == (3, 1, "/copy")
+    for name in ("big", "small", "other name"):
+        assert (volume.path / "copy" / name).read_bytes() == (volume.path / "dir" / name).read_bytes()
+    (volume.path / "copy" / "big").write_bytes(b"changed")
+    assert (volume.path / "dir" / "big").stat().st_size == 5 * MIB
+    assert "choose a name that is free" in run("clone", f"{volume.address}:/dir", f"{volume.address}:/copy").error()
+
+
+def test_a_clone_by_paths_of_the_mount_takes_along_what_is_still_being_written(mounted_volume: MountedVolume) -> None:
+    top = mounted_volume.path
+    with open(top / "open", "wb", buffering=0) as file:
+        file.write(b"not closed yet")
+        done("clone", top / "open", top / "copy")
+        assert (top / "copy").read_bytes() == b"not closed yet"
+
+
+# -- gc and fsck ------------------------------------------------------------------------------------------------------------
+
+
+def blocks(address: str) -> list[Path]:
+    return sorted(path for path in (Path(address) / "objects").rglob("*") if path.is_file())
+
+
+def test_gc_deletes_what_leaked_and_nothing_else_and_finds_nothing_the_second_time(
+    mounted_volume: MountedVolume, ask: Ask
+) -> None:
+    volume = mounted_volume
+    (volume.path / "kept").write_bytes(os.urandom(9 * MIB))
+    kept = blocks(volume.address)
+    prefix = kept[0].parent
+    for name in ("ffff0.0", "ffff0.1", "ffff1.0", kept[0].name.partition(".")[0] + ".77"):
+        (prefix / name).write_bytes(b"left by a writer that died")
+    (prefix / "not a block").write_bytes(b"somebody else's")
+    dry = ask("gc", volume.address, "--dry-run")
+    assert (dry["leaked_objects"], dry["deleted_objects"], dry["foreign_objects"]) == (4, 0, 1)
+    assert len(blocks(volume.address)) == len(kept) + 5
+    first = ask("gc", volume.address)
+    assert (first["leaked_objects"], first["deleted_objects"], first["leaked_bytes"]) == (4, 4, 4 * 26)
+    second = ask("gc", volume.address)
+    assert (second["leaked_objects"], second["deleted_objects"]) == (0, 0)
+    assert [path for path in blocks(volume.address) if path.name != "not a block"] == kept
+    assert "leaked: 0 objects" in done("gc", volume.address).stdout
+
+
+def test_gc_leaves_alone_what_a_program_is_just_writing(mounted_volume: MountedVolume) -> None:
+    volume = mounted_volume
+    content = os.urandom(9 * MIB)
+    with open(volume.path / "file", "wb", buffering=0) as file:
+        file.write(content)
+        # Full blocks are uploaded while the file is open; no row knows them yet.
+        deadline = threading.Event()
+        while not blocks(volume.address):
+            deadline.wait(0.01)
+        assert volume.document("gc", volume.address)["leaked_objects"] == 0
+    volume.remount_with_empty_cache()
+    assert (volume.path / "file").read_bytes() == content
+
+
+def test_removed_files_leave_the_bucket(mounted_volume: MountedVolume, ask: Ask) -> None:
+    volume = mounted_volume
+    (volume.path / "file").write_bytes(os.urandom(9 * MIB))
+    (volume.path / "file").unlink()
+    assert ask("gc", volume.address)["garbage_slices"] == 0
+    assert len(blocks(volume.address)) == 3
+    ask("trash", "empty", volume.address)
+    ask("gc", volume.address)
+    assert blocks(volume.address) == []
+
+
+def test_fsck_is_clean_and_finds_what_is_missing(mounted_volume: MountedVolume, ask: Ask) -> None:
+    volume = mounted_volume
+    make_tree(volume.path)
+    clean = ask("fsck", volume.address, "--data")
+    assert (clean["clean"], clean["problem_count"], clean["checked_slices"]) == (True, 0, 1)
+    assert clean["checked_objects"] == clean["verified_objects"] == 2
+    lost = blocks(volume.address)[1]
+    content = lost.read_bytes()
+    lost.unlink()
+    found = run("fsck", volume.address, "--json")
+    assert (found.code, found.document["clean"]) == (1, False)
+    assert [(row["code"], row["files"][0]["paths"]) for row in found.document["problems"]] == [
+        ("object-missing", ["/dir/big"])
+    ]
+    assert "/dir/big" in run("fsck", volume.address).stdout
+    lost.write_bytes(content[:-1])
+    assert run("fsck", volume.address, "--json").document["clean"] is True  # still a plausible size
+    assert [row["code"] for row in run("fsck", volume.address, "--data", "--json").document["problems"]] == [
+        "object-corrupt"
+    ]
+    lost.write_bytes(b"tiny")
+    assert [row["code"] for row in run("fsck", volume.address, "--json").document["problems"]] == ["object-size"]
+    lost.write_bytes(content)
+
+
+def test_staged_data_of_a_killed_mount_are_no_loss_and_are_uploaded_by_the_next(tmp_path: Path) -> None:
+    """The bucket is out of reach while a mount with durability local writes, and that mount is killed."""
+    bucket = tmp_path / "bucket"
+    bucket.mkdir()
+    away = tmp_path / "away"
+    with mounted(tmp_path, "--bucket", f"file://{bucket}", mount_options=["--durability", "local"]) as volume:
+        content = os.urandom(5 * MIB)
+        bucket.rename(away)
+        (volume.path / "file").write_bytes(content)
+        assert os.getxattr(volume.path / "file", "user.atoll.durability") == b"local"
+        assert volume.document("status", volume.address)["staging"]["pending_bytes"] == 5 * MIB
+        volume.kill_daemon()
+        away.rename(bucket)
+        free = volume.document("status", volume.address)
+        assert free["staging"] == {"pending_bytes": 5 * MIB, "cache_dir": str(volume.cache_dir)}
+        checked = volume.document("fsck", volume.address)
+        assert (checked["clean"], checked["staged_slices"]) == (True, 1)
+        volume.mount("--durability", "local")
+        assert (volume.path / "file").read_bytes() == content
+        volume.unmount()
+        assert volume.document("status", volume.address)["staging"]["pending_bytes"] == 0
+        assert volume.document("fsck", volume.address, "--data")["verified_objects"] == 2
+        volume.mount()
+
+
+# -- format, mount, umount --------------------------------------------------------------------------------------------------
+
+
+def test_format_takes_its_options(tmp_path: Path) -> None:
+    options = ["--block-size", "64KiB", "--compression", "none", "--capacity", "1GB", "--inodes", "1000"]
+    made = done("format", tmp_path / "v", *options, "--trash-days", "0.5", "--inline-limit", "4KiB", "--json").document
+    volume_format = done("status", tmp_path / "v", "--json").document["format"]
+    assert made == {"address": str(tmp_path / "v"), "format": volume_format}
+    assert volume_format["block_size_bytes"] == 64 << 10
+    assert volume_format["compression"] == "none"
+    assert volume_format["capacity_bytes"] == 10**9
+    assert volume_format["max_inodes"] == 1000
+    assert volume_format["trash_days"] == 0.5
+    assert volume_format["inline_limit_bytes"] == 4096
+    assert stat.S_IMODE((tmp_path / "v").stat().st_mode) == 0o700
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v"]
+
+
+def test_format_makes_a_missing_bucket_directory_only_when_asked(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/deep/bucket"
+    assert "--create-bucket" in run("format", tmp_path / "v", "--bucket", url).error()
+    said = done("format", tmp_path / "v", "--bucket", url, "--create-bucket").stdout
+    assert "every node that mounts the volume must reach the directory" in said
+    assert done("fsck", tmp_path / "v").code == 0
+
+
+def test_format_fills_an_empty_directory(tmp_path: Path) -> None:
+    (tmp_path / "v").mkdir()
+    done("format", tmp_path / "v")
+    assert {path.name for path in (tmp_path / "v").iterdir()} >= {"meta.db", "objects"}
+
+
+@pytest.mark.parametrize(
+    "name", ["with blank", "comma,and=more", "ünïcode", "percent%20?query#x", "back\\slash", "col:on"]
+)
+def test_volumes_and_mount_points_may_have_any_name(tmp_path: Path, name: str) -> None:
+    directory = tmp_path / name
+    directory.mkdir()
+    with mounted(directory) as volume:
+        (volume.path / "file").write_bytes(b"x" * MIB)
+        inner = volume.path / name
+        inner.mkdir()
+        assert volume.document("info", str(inner))["path"] == f"/{name}"
+        assert volume.document("status", volume.address)["holder"]["mountpoint"] == str(volume.path)
+
+
+def test_an_address_deeper_than_a_socket_address_works(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 100) / ("e" * 100)
+    deep.mkdir(parents=True)
+    with mounted(deep) as volume:
+        (volume.path / "file").touch()
+        assert volume.document("status", volume.address)["holder"]["pid"] == volume.pid
+
+
+def test_a_mount_of_a_subdirectory_shows_only_that(tmp_path: Path) -> None:
+    with mounted(tmp_path) as volume:
+        make_tree(volume.path)
+        (volume.path / "dir" / "up").symlink_to("../holes")
+        volume.unmount()
+        volume.mount("--subdir", "/dir")
+        top = volume.path
+        assert sorted(os.listdir(top)) == ["big", "other name", "small", "up"]
+        assert not (top / "..").joinpath("holes").exists()
+        assert not (top / "up").exists()
+        assert volume.document("info", str(top / "big"))["path"] == "/dir/big"
+        assert volume.document("info", str(top))["path"] == "/dir"
+        done("clone", top / "small", top / "copy")
+        assert (top / "copy").read_bytes() == b"small"
+        done("quota", "set", top, "--capacity", "64MiB")
+        assert volume.document("quota", "get", f"{volume.address}:/dir")["capacity_bytes"] == 64 * MIB
+        (top / "small").unlink()
+        (entry,) = volume.document("trash", "list", str(top))["entries"]
+        done("trash", "restore", top, str(entry["trash_id"]))
+        assert (top / "small").read_bytes() == b"small"
+        assert volume.document("status", str(top))["holder"]["subdir"] == "/dir"
+        volume.unmount()
+        volume.mount()
+
+
+def test_a_read_only_mount_refuses_changes(tmp_path: Path) -> None:
+    with mounted(tmp_path) as volume:
+        (volume.path / "file").write_bytes(b"x")
+        volume.unmount()
+        volume.mount("--read-only")
+        assert (volume.path / "file").read_bytes() == b"x"
+        for change in (
+            lambda: (volume.path / "file").write_bytes(b"y"),
+            lambda: (volume.path / "new").touch(),
+            lambda: (volume.path / "file").unlink(),
+        ):
+            with pytest.raises(OSError, match="Read-only file system"):
+                change()
+
+
+def test_a_mount_in_the_foreground_serves_until_it_is_interrupted(tmp_path: Path) -> None:
+    done("format", tmp_path / "v")
+    for name in ("mnt", "cache"):
+        (tmp_path / name).mkdir()
+    command = f"{ATOLL} mount -f {tmp_path}/v {tmp_path}/mnt --cache-dir {tmp_path}/cache --log-format json"
+    with subprocess.Popen(command.split(), stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            line = json.loads(process.stderr.readline())
+            assert (line["event"], line["volume"], line["pid"]) == ("mounted", str(tmp_path / "v"), process.pid)
+            (tmp_path / "mnt" / "file").write_bytes(os.urandom(MIB))
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+            events = [json.loads(line)["event"] for line in process.stderr]
+            assert events == ["ending", "unmounted", "ended"]
+        finally:
+            process.kill()
+            detach(tmp_path / "mnt")
+    assert done("fsck", tmp_path / "v", "--data", "--json").document["verified_objects"] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_unmounts_cleanly_even_with_files_open(mounted_volume: MountedVolume, number: signal.Signals) -> None:
+    volume = mounted_volume
+    file = open(volume.path / "open", "wb", buffering=0)  # noqa: SIM115 - closing it fails
+    file.write(b"written and not closed")
+    os.kill(volume.pid, number)
+    wait_until_gone(volume.pid)
+    assert not is_mount_point(volume.path)
+    with pytest.raises(OSError, match="not connected"):
+        file.close()
+    volume.mount()
+    assert (volume.path / "open").read_bytes() == b"written and not closed"
+
+
+def test_the_daemon_ends_after_a_plain_umount(mounted_volume: MountedVolume) -> None:
+    volume = mounted_volume
+    (volume.path / "file").write_bytes(b"x" * MIB)
+    subprocess.run(["umount", volume.path], check=True, timeout=30)
+    wait_until_gone(volume.pid)
+    assert sorted(path.name for path in Path(volume.address).glob("holder*")) == []
+    volume.mount()
+    assert (volume.path / "file").stat().st_size == MIB
+
+
+def test_umount_cuts_off_open_files_by_force(mounted_volume: MountedVolume) -> None:
+    volume = mounted_volume
+    file = open(volume.path / "open", "wb", buffering=0)  # noqa: SIM115 - closing it is what fails
+    file.write(b"data")
+    volume.atoll("umount", "--force", str(volume.path))
+    assert not is_mount_point(volume.path)
+    with pytest.raises(OSError, match=r"not connected|[Cc]onnection abort"):
+        file.write(b"more")
+    with pytest.raises(OSError, match="not connected"):
+        file.close()
+    volume.mount()
+    assert (volume.path / "open").read_bytes() == b"data"
+
+
+def test_a_dead_mount_is_taken_away_by_the_next_mount_which_says_so(mounted_volume: MountedVolume) -> None:
+    volume = mounted_volume
+    (volume.path / "file").write_bytes(b"kept")
+    volume.kill_daemon()
+    assert "daemon is gone" in run("info", volume.path / "file").error()
+    ran = done("mount", volume.address, volume.path, "--cache-dir", volume.cache_dir)
+    assert ran.stderr == f"atoll: the daemon of the mount at {volume.path} was gone: unmounted it first\n"
+    assert (volume.path / "file").read_bytes() == b"kept"
+    volume.pid = volume.document("status", volume.address)["holder"]["pid"]
+
+
+def test_a_dead_mount_is_taken_away_by_umount(mounted_volume: MountedVolume) -> None:
+    volume = mounted_volume
+    volume.kill_daemon()
+    assert "was gone: unmounted it" in done("umount", volume.path).stderr
+    assert not is_mount_point(volume.path)
+    volume.mount()
+
+
+def test_a_dead_mount_of_another_volume_is_left_to_its_owner(mounted_volume: MountedVolume, tmp_path: Path) -> None:
+    volume = mounted_volume
+    volume.kill_daemon()
+    done("format", tmp_path / "other")
+    line = run("mount", tmp_path / "other", volume.path, "--cache-dir", volume.cache_dir).error()
+    assert "dead mount of" in line
+    assert "atoll umount" in line
+    assert is_mount_point(volume.path)
+    volume.mount()
+
+
+def test_a_command_waits_for_a_mount_that_is_ending(mounted_volume: MountedVolume) -> None:
+    volume = mounted_volume
+    for number in range(20):
+        (volume.path / f"file {number}").write_bytes(os.urandom(MIB))
+    os.kill(volume.pid, signal.SIGTERM)
+    # Between the signal and the end the holder refuses, or is gone, or still owns the volume: all are waited for.
+    assert volume.document("fsck", volume.address)["clean"]
+    wait_until_gone(volume.pid)
+    volume.mount()
+
+
+def test_a_mount_waits_for_the_mount_before_it(mounted_volume: MountedVolume) -> None:
+    volume = mounted_volume
+    (volume.path / "file").write_bytes(os.urandom(5 * MIB))
+    before = volume.pid
+    subprocess.run(["umount", "-l", volume.path], check=True, timeout=30)
+    volume.mount()
+    assert volume.pid != before
+    assert (volume.path / "file").stat().st_size == 5 * MIB
+
+
+def test_two_commands_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    done("format", tmp_path / "v")
+    running = [
+        subprocess.Popen([ATOLL, "fsck", tmp_path / "v"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for _ in range(4)
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (0, b"")
+
+
+# -- the command line itself ------------------------------------------------------------------------------------------------
+
+
+def test_every_command_has_help_and_its_summary_in_the_overview() -> None:
+    overview = done("--help").stdout
+    for name, summary in COMMANDS.items():
+        assert summary in overview
+        assert done(name, "--help").stdout.startswith(f"Usage: atoll {name}")
+    assert re.fullmatch(r"atoll \d+\.\d+\.\d+\n", done("--version").stdout)
+
+
+LIGHT = """
+import sys
+sys.argv = ["atoll", *sys.argv[1:]]
+from client.cli.main import main
+try:
+    main()
+except SystemExit:
+    pass
+print("\\n".join(sorted(sys.modules)), file=sys.stderr)
+"""
+
+
+def modules_after(*arguments: str) -> set[str]:
+    ran = subprocess.run(
+        [sys.executable, "-c", LIGHT, *arguments], capture_output=True, text=True, check=True, timeout=60
+    )
+    return {name.partition(".")[0] for name in ran.stderr.splitlines()}
+
+
+def test_help_and_version_import_nothing_heavy(tmp_path: Path) -> None:
+    heavy = {"rich", "obstore", "pyfuse3", "uvloop", "structlog", "grpc", "asyncio", "sqlite3", "blake3", "zstandard"}
+    assert modules_after("--help") & heavy == set()
+    assert modules_after("--version") & heavy == set()
+    done("format", tmp_path / "v")
+    assert modules_after("status", str(tmp_path / "v")) & {"rich", "pyfuse3", "uvloop", "structlog", "grpc"} == set()
+
+
+def test_output_into_a_pipe_that_closes_is_no_traceback(tmp_path: Path) -> None:
+    done("format", tmp_path / "v")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as closed:
+        ran = subprocess.run([ATOLL, "status", tmp_path / "v"], stdout=closed, stderr=subprocess.PIPE, timeout=60)
+    assert (ran.returncode, ran.stderr) == (1, b"")

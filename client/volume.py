@@ -165,7 +165,10 @@ class OpenVolume:
         from metasvc.engine import EngineSession
 
         session = await EngineSession.begin(
-            self.engine, host=socket.gethostname(), pid=os.getpid(), mountpoint=os.fsencode(mountpoint).decode(errors="replace")
+            self.engine,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            mountpoint=os.fsencode(mountpoint).decode(errors="replace"),
         )
         async with session:
             yield session

@@ -76,12 +76,12 @@ class Block:
         "task",
     )
 
-    def __init__(self, index: int, length: int, *, raw: bytearray | None) -> None:
-        """Take the buffer, charged to memory already; None if the draft has the bytes."""
+    def __init__(self, index: int, length: int, *, raw: Buffer | None, charge_bytes: int) -> None:
+        """Take the buffer and what it is charged to memory; None if the draft has the bytes."""
         self.index = index
         self.length = length
-        self.raw: Buffer | None = raw
-        self.charge_bytes = 0 if raw is None else length
+        self.raw = raw
+        self.charge_bytes = charge_bytes
         self.in_draft = raw is None
         self.is_tried = False
         """A put was begun, so there may be an object."""
@@ -124,9 +124,9 @@ class Flight:
             self.is_frozen = True
             self._is_single = is_single
 
-    def add(self, length: int, *, raw: bytearray | None) -> None:
-        """Take the next block: private bytes, or None if they are in the draft. Starts the work on it."""
-        block = Block(len(self.blocks), length, raw=raw)
+    def add(self, length: int, *, raw: Buffer | None, charge_bytes: int) -> None:
+        """Take the next block: private bytes with their charge, or None if they are in the draft. Starts the work on it."""
+        block = Block(len(self.blocks), length, raw=raw, charge_bytes=charge_bytes)
         self.blocks.append(block)
         self._send(block)
 

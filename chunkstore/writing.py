@@ -29,6 +29,7 @@ from chunkstore.flight import HASH_HERE_BYTES, Flight, WriteServices
 from chunkstore.geometry import Buffer, SliceId, block_key, blocks_of_range
 from chunkstore.images.directory import StagedName, root_of
 from chunkstore.model import MAX_SLICE_BYTES, Sealed, SliceInfo
+from chunkstore.tail import Tail
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class SliceWriter:
         self._memory = services.memory
         self._block_bytes = services.config.block_bytes
         self._flight = Flight(slice_id, services)
-        self._tail = bytearray()
+        self._tail = Tail(services.memory, self._block_bytes)
         self._is_spilled = False
         self._length = 0
         self._sealing: asyncio.Task[Sealed] | None = None
@@ -95,8 +96,7 @@ class SliceWriter:
             raise ValueError(
                 f"slice {self._slice_id} would have {self._length + size} bytes, at most {MAX_SLICE_BYTES}"
             )
-        if not self._is_spilled and len(self._tail) + size < self._block_bytes and self._memory.try_take_tail(size):
-            self._tail += data
+        if not self._is_spilled and self._tail.length + size < self._block_bytes and self._tail.try_append(data):
             self._length += size
             return None
         view = memoryview(data)
@@ -107,13 +107,12 @@ class SliceWriter:
         """Append as much as memory takes at once; return how much."""
         taken = 0
         while taken < len(view) and not self._is_spilled:
-            step = min(self._block_bytes - len(self._tail), len(view) - taken)
-            if not self._memory.try_take_tail(step):
+            step = min(self._block_bytes - self._tail.length, len(view) - taken)
+            if not self._tail.try_append(view[taken : taken + step]):
                 break
-            self._tail += view[taken : taken + step]
             self._length += step
             taken += step
-            if len(self._tail) == self._block_bytes:
+            if self._tail.length == self._block_bytes:
                 self._take_tail()
         return taken
 
@@ -126,8 +125,8 @@ class SliceWriter:
                 if self._is_spilled:
                     await self._append_to_draft(view[:step])
                     taken = step
-                elif self._memory.has_tail_room(step) or not await self._spill():
-                    await self._memory.wait(step)
+                elif self._memory.has_tail_room(self._tail.charge_for(step)) or not await self._spill():
+                    await self._memory.wait(self._tail.charge_for(step))
             view = view[taken:]
 
     async def _append_to_draft(self, piece: memoryview) -> None:
@@ -139,22 +138,20 @@ class SliceWriter:
         self._length += len(piece)
         if self._length == self._tail_start + self._block_bytes:
             self._is_spilled = False
-            self._flight.add(self._block_bytes, raw=None)
+            self._flight.add(self._block_bytes, raw=None, charge_bytes=0)
 
     async def _spill(self) -> bool:
         """Move the tail to the draft; False if the disk does not take it."""
-        if not await self._flight.draft.write(self._tail_start, self._tail):
+        if not await self._flight.draft.write(self._tail_start, self._tail.view()):
             return False
-        self._memory.release_tail(len(self._tail))
-        self._tail = bytearray()
+        self._tail.drop()
         self._is_spilled = True
         return True
 
     def _take_tail(self) -> None:
         """Make the tail a block: its buffer is not touched any more."""
-        raw, self._tail = self._tail, bytearray()
-        self._memory.tail_to_flight(len(raw))
-        self._flight.add(len(raw), raw=raw)
+        raw, charge_bytes = self._tail.take()
+        self._flight.add(len(raw), raw=raw, charge_bytes=charge_bytes)
 
     def overwrite(self, offset: int, data: Buffer) -> Awaitable[None] | None:
         """Replace bytes in `[mutable_from, length)`; the same promise as `append`. ValueError outside of that range."""
@@ -166,7 +163,7 @@ class SliceWriter:
             )
         if self._is_spilled:
             return self._overwrite_draft(offset, data)
-        self._tail[offset - start : end - start] = data
+        self._tail.overwrite(offset - start, data)
         return None
 
     async def _overwrite_draft(self, offset: int, data: Buffer) -> None:
@@ -192,8 +189,7 @@ class SliceWriter:
         if start >= tail_start:
             if self._is_spilled:
                 return self._flight.draft.try_read(start, end)
-            # A copy: a view would keep the tail from growing.
-            return bytes(memoryview(self._tail)[start - tail_start : end - tail_start])
+            return self._tail.copy(start - tail_start, end - tail_start)
         index = start // self._block_bytes
         block = self._flight.blocks[index]
         base = index * self._block_bytes
@@ -254,9 +250,8 @@ class SliceWriter:
             raise RuntimeError(f"slice {self._slice_id} is discarded")
         self._flight.freeze(is_single=not self._flight.blocks and not self._is_spilled)
         if self._length <= self._services.config.inline_limit_bytes and not self._is_spilled:
-            self._memory.release_tail(len(self._tail))
-            self._sealed = Sealed(self._slice_id, self._length, bytes(self._tail), b"")
-            self._tail = bytearray()
+            self._sealed = Sealed(self._slice_id, self._length, self._tail.copy(0, self._length), b"")
+            self._tail.drop()
             return self._sealed
         if self._sealing is None or self._sealing.done():
             self._sealing = self._services.tasks.start(
@@ -293,8 +288,8 @@ class SliceWriter:
         if self._is_spilled:
             self._is_spilled = False
             if self._tail_start < self._length:
-                self._flight.add(self._length - self._tail_start, raw=None)
-        elif self._tail:
+                self._flight.add(self._length - self._tail_start, raw=None, charge_bytes=0)
+        elif self._tail.length:
             self._take_tail()
 
     async def _put_in_bucket(self) -> SliceInfo:
@@ -314,7 +309,7 @@ class SliceWriter:
 
     async def _stage_tail(self) -> SliceInfo | None:
         """Stage a slice that is all in memory; None if the disk does not take it."""
-        raw = self._tail
+        raw = self._tail.view()
         if len(raw) <= HASH_HERE_BYTES:
             digests = frame_digests(raw)
         else:
@@ -328,8 +323,7 @@ class SliceWriter:
             self._flight.give_up_local()
             return None
         self._services.staged.add(name, digests=info.digests)
-        self._tail = bytearray()
-        self._memory.release_tail(len(raw))
+        self._tail.drop()
         return info
 
     async def _stage_draft(self) -> SliceInfo | None:
@@ -381,8 +375,7 @@ class SliceWriter:
             if block.is_under_way and block.task is not None:
                 await asyncio.wait([block.task])
         if self._sealed is None:
-            self._memory.release_tail(len(self._tail))
-            self._tail = bytearray()
+            self._tail.drop()
             flight.release()
         flight.draft.discard()
         await self._services.staged.remove(self._slice_id)

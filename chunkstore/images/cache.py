@@ -53,7 +53,8 @@ _FULL_PAUSE_S: Final = 1.0
 _LOG_PAUSE_S: Final = 60.0
 _SETTLE_S: Final = 60.0
 _SYNC_PAUSE_S: Final = 10.0
-_LOOKS: Final = 3
+# An image may be closed between its opening and the turn of who asked for it, if very many are opened at once.
+_LOOKS: Final = 100
 
 
 class CacheCounters:

@@ -125,7 +125,7 @@ class OpenImages:
 
     def _close_some(self) -> None:
         """Close images that were not read since the last look, the oldest first, to a batch below the bound."""
-        bound = max(0, self._max_descriptors - _CLOSE_BATCH)
+        bound = self._max_descriptors - min(_CLOSE_BATCH, self._max_descriptors // 4)
         closing: list[Image] = []
         # Each is looked at twice at most: the first look takes the mark of having been read.
         for _ in range(2 * len(self._images)):

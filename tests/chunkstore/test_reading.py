@@ -256,6 +256,7 @@ async def test_a_cache_disk_that_fails_is_a_miss(tmp_path: Path) -> None:
         os.mkdir(workshop.cache / "sides" / "1")
         for _ in range(2):
             assert await store.read(info, MIB, 3 * MIB) == DATA[MIB : 3 * MIB]
+            await settled(store)
         assert store.stats()["cache_disk_errors_total"] > 0
         assert len(workshop.bucket.gets) == 2, "what no image takes is kept in memory while there is room"
         assert (await store.read(await written(store, 2, DATA), 0, len(DATA))) == DATA

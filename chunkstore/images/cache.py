@@ -27,8 +27,8 @@ import asyncio
 import errno
 import logging
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from typing import Any, Final
 from uuid import UUID
 
 from chunkstore.background import Executors, TaskSet
@@ -551,6 +551,10 @@ class ImageCache:
     def _clear_frames(self, side: int, frames: Sequence[int]) -> None:
         for frame in frames:
             image_files.clear_states(self._disk, side, first_frame=frame, frame_count=1)
+
+    def start(self, work: Coroutine[Any, Any, None], *, name: str) -> None:
+        """Start work on files that is not cancelled when the cache is closed, but waited for."""
+        self._tasks.start(work, name=name)
 
     async def sync_written(self) -> None:
         """Sync the open images that were written, and drop those whose bytes did not reach the disk."""

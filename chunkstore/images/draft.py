@@ -151,7 +151,8 @@ class Draft:
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             # Nobody waits for it: the descriptor is ours alone now, and the name is never used again.
-            self._executors.start_disk(self._remove, descriptor)
+            work = self._executors.disk(self._remove, descriptor)
+            self._cache.start(work, name=f"remove draft of slice {self._slice_id}")
 
     def _remove(self, descriptor: int) -> None:
         try:

@@ -5,7 +5,8 @@ store, vfs, kernel; ending goes back: the mount point, programs' data into the b
 control socket, the cache directory, the volume. While it ends it answers status and tells `atoll umount` how far it is, and
 refuses everything else with the code ``holder-not-ready``: whoever is refused so waits a little.
 
-A mount ends after umount(8), after SIGTERM or SIGINT, on the request ``stop``, and when the engine fails.
+A mount ends after umount(8), after SIGTERM or SIGINT, and on the request ``stop``. When its engine fails (the volume was taken
+over, the database is gone) it dies at once, as if it were killed.
 """
 
 from __future__ import annotations
@@ -314,10 +315,16 @@ class MountProcess:
         self._ready()
 
     def _engine_failed(self) -> None:
+        """Die, and leave the mount point dead.
+
+        Nothing can be committed any more, so there is nothing to save. Were it unmounted instead, programs would go on
+        writing, into the empty directory below; a dead mount refuses them (ENOTCONN) until somebody mounts again.
+        """
         failure = self._volume.engine.failure if self._volume is not None else None
-        self._log.error("the volume was lost", error=str(failure), remedy="see the error, then mount again")
-        self._cut = True
-        self.stop(reason="engine failure")
+        self._log.error(
+            "the volume was lost: this mount ends", error=str(failure), remedy="see the error, then mount again"
+        )
+        os._exit(1)
 
     # -- ending ----------------------------------------------------------------------------------------------------------
 

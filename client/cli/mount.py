@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 MIN_CACHE_FREE_BYTES: Final = 16 << 20
 MIN_CACHE_BYTES: Final = 64 << 20
+HOLDER_ANSWER_S: Final = 3.0
+"""A holder that is well says at once who it is."""
 FUSE_CONF: Final = "/etc/fuse.conf"
 
 
@@ -85,11 +87,12 @@ def command(
     volume = parse_address(address)
     check_is_volume(volume)
     where = absolute(mountpoint)
-    prepare(where, volume)
     check_fuse()
+    # First the holder: looking at a mount point whose daemon hangs would hang as well.
+    _refuse_second_mount(volume)
+    prepare(where, volume)
     caches = Path(os.path.realpath(cache_dir)) if cache_dir is not None else default_cache_dir(os.environ)
     _prepare_cache(caches)
-    _refuse_second_mount(volume)
     log_path = "" if foreground else str(caches / f"{_log_name(volume)}.log")
 
     def run(daemon: Daemon | None) -> int:
@@ -156,25 +159,34 @@ def _prepare_cache(directory: Path) -> None:
 
 def _refuse_second_mount(volume: EmbeddedAddress) -> None:
     """Refuse at once while the volume is mounted; wait up to 10 s for a mount that is ending."""
-    from client.control.caller import HolderLost, call_holder
-    from client.control.messages import RemoteError, Request
+    from client.control.caller import HolderLost, RemoteError, call_holder
+    from client.control.messages import Request
     from client.volume import HOLDER_WAIT_S, POLL_S, VolumeBusy
 
     deadline_s = time.monotonic() + HOLDER_WAIT_S
-    while (call := call_holder(volume.directory)) is not None:
-        try:
-            with call:
+    while (call := call_holder(volume.directory, silence_s=HOLDER_ANSWER_S)) is not None:
+        with call:
+            try:
                 holder: dict[str, Any] = call.run(Request("holder", {}))
-        except (HolderLost, RemoteError):
-            holder = {"phase": "ending", "mountpoint": "?", "pid": "?"}
-        if holder.get("phase") != "ending" or time.monotonic() >= deadline_s:
-            place = shown(str(holder.get("mountpoint")))
-            ending = " and is ending" if holder.get("phase") == "ending" else ""
+            except (HolderLost, RemoteError) as error:
+                holder = _silent_holder(volume, call.holder_pid, error)
+        if holder["phase"] == "mounted" or time.monotonic() >= deadline_s:
+            place = shown(str(holder["mountpoint"]))
+            state = "" if holder["phase"] == "mounted" else f" and {holder['phase']}"
             raise VolumeBusy(
-                f"the volume is mounted at {place} by pid {holder.get('pid')}{ending}: "
+                f"the volume is mounted at {place} by pid {holder['pid']}{state}: "
                 f"use it there, or end that with `atoll umount {place}`"
             )
         time.sleep(POLL_S)
+
+
+def _silent_holder(volume: EmbeddedAddress, pid: int, error: AtollError) -> dict[str, Any]:
+    """Return what is known of a holder that does not say it itself."""
+    from client.staged import read_record
+
+    record = read_record(volume)
+    phase = "silent (is it stopped?)" if error.code == "holder-lost" else "not ready"
+    return {"phase": phase, "pid": pid, "mountpoint": "?" if record is None else record.mountpoint}
 
 
 def _may_allow_other() -> bool:

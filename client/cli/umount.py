@@ -25,6 +25,8 @@ from client.control.messages import JsonObject, RemoteError, Request
 from client.mounts import is_dead, mounts_at, read_mounts
 from client.sizes import format_size
 
+HOLDER_ANSWER_S: Final = 3.0
+"""A daemon that is well says at once who it is."""
 END_S: Final = 60.0
 """How long a daemon that has said its last word may take to be gone."""
 
@@ -40,7 +42,7 @@ def command(mountpoint: str, *, force: bool) -> None:
         raise MountpointInvalid(f"no volume is mounted at {shown(where)}: look at `mount -t fuse.atoll`")
     address = parse_address(there[-1].source)
     with ExitStack() as stack:
-        call = _holder_of(address, where)
+        call = _holder_of(address, where, force=force)
         if call is None:
             _unmount_without_holder(where, force=force)
             return
@@ -58,21 +60,27 @@ def command(mountpoint: str, *, force: bool) -> None:
     _tell(end, where)
 
 
-def _holder_of(address: EmbeddedAddress, mountpoint: str) -> HolderCall | None:
-    """Return a connection to the daemon of a mount; None if there is none, or the volume is mounted elsewhere by now."""
-    first = call_holder(address.directory)
+def _holder_of(address: EmbeddedAddress, mountpoint: str, *, force: bool) -> HolderCall | None:
+    """Return a connection to the daemon of a mount; None if there is none, or the volume is mounted elsewhere by now.
+
+    HolderLost if it is there and silent, unless by force: then it is treated as gone.
+    """
+    first = call_holder(address.directory, silence_s=HOLDER_ANSWER_S)
     if first is None:
         return None
     with first:
         try:
             holder = first.run(Request("holder", {}))
         except (HolderLost, RemoteError):
-            return None
+            if force:
+                return None
+            raise
     return call_holder(address.directory) if holder.get("mountpoint") == mountpoint else None
 
 
 def _unmount_without_holder(mountpoint: str, *, force: bool) -> None:
-    if is_dead(mountpoint) or force:
+    # In this order: a look at the mount point of a daemon that hangs would hang.
+    if force or is_dead(mountpoint):
         detach(mountpoint)
         say(f"the daemon of the mount at {shown(mountpoint)} was gone: unmounted it")
         return

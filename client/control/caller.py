@@ -109,8 +109,11 @@ class HolderCall:
             ) from error
 
 
-def call_holder(directory: str) -> HolderCall | None:
-    """Return a call to the holder of the volume in a directory, or None if there is none. HolderDenied, HolderLost."""
+def call_holder(directory: str, *, silence_s: float = SILENCE_S) -> HolderCall | None:
+    """Return a call to the holder of the volume in a directory, or None if there is none. HolderDenied, HolderLost.
+
+    ``silence_s``: how long the holder may say nothing. It answers at once, or tells every 5 s that it is still at work.
+    """
     try:
         connection = endpoint.connect(directory, timeout_s=CONNECT_S)
     except TimeoutError as error:
@@ -119,7 +122,7 @@ def call_holder(directory: str) -> HolderCall | None:
         ) from error
     except PermissionError as error:
         raise HolderDenied(f"{directory} belongs to another user: ask as that user or as root") from error
-    return None if connection is None else HolderCall(connection)
+    return None if connection is None else HolderCall(connection, silence_s=silence_s)
 
 
 __all__ = ["HolderCall", "HolderDenied", "HolderLost", "RemoteError", "call_holder"]

@@ -102,6 +102,8 @@ def overlay_all(layer: Layer, refs: Iterable[SliceRef]) -> None:
 def clip(layer: Layer, start: int, end: int) -> Layer:
     """Return the part of a layer that lies in `[start, end)`, as a layer of its own."""
     part: Layer = []
+    if start >= end:
+        return part
     for index in range(first_behind(layer, start), len(layer)):
         offset, slice_id, slice_offset, length = layer[index]
         if offset >= end:

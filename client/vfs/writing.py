@@ -354,8 +354,6 @@ class Writing:
                     self.committed.apply(written, version=inode.map_version)
                 else:
                     self.committed.reset(inode.map_version)
-                if self.mtime_ns == mtime_ns:
-                    self.mtime_ns = None
                 self._remove(batch)
                 self._take_inode(inode)
                 around.committed()

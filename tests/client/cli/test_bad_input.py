@@ -297,7 +297,10 @@ def test_a_second_mount_is_refused_with_process_and_mount_point(mounted_volume: 
     assert "atoll umount" in line
     assert not is_mount_point(second)
     line = run("mount", mounted_volume.address, mounted_volume.path, *cache).error()
-    assert "already" in line
+    assert str(mounted_volume.pid) in line
+    done("format", tmp_path / "other")
+    line = run("mount", tmp_path / "other", mounted_volume.path, *cache).error()
+    assert f"{mounted_volume.address} is mounted at {mounted_volume.path} already" in line
     assert mounted_volume.document("status", mounted_volume.address)["holder"]["pid"] == mounted_volume.pid
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -516,6 +517,39 @@ def test_a_dead_mount_of_another_volume_is_left_to_its_owner(mounted_volume: Mou
     assert "atoll umount" in line
     assert is_mount_point(volume.path)
     volume.mount()
+
+
+def test_a_stopped_daemon_is_named_and_blocks_no_command_for_long(
+    mounted_volume: MountedVolume, tmp_path: Path
+) -> None:
+    volume = mounted_volume
+    (tmp_path / "second").mkdir()
+    os.kill(volume.pid, signal.SIGSTOP)
+    try:
+        line = run("umount", volume.path).error()
+        assert f"pid {volume.pid}" in line
+        line = run("mount", volume.address, tmp_path / "second", "--cache-dir", volume.cache_dir).error()
+        assert f"{volume.path} by pid {volume.pid} and silent" in line
+    finally:
+        os.kill(volume.pid, signal.SIGCONT)
+
+
+def test_a_mount_that_loses_its_volume_ends_and_the_next_one_goes_on(mounted_volume: MountedVolume) -> None:
+    volume = mounted_volume
+    (volume.path / "before").write_bytes(b"kept")
+    with sqlite3.connect(Path(volume.address) / "meta.db") as database:
+        database.execute("UPDATE volume SET owner_nonce = 'somebody else'")
+    database.close()
+    with pytest.raises(OSError, match=r"Stale|not connected|connection abort"):
+        (volume.path / "after").touch()
+    wait_until_gone(volume.pid)
+    # Not unmounted: a program that goes on must not write into the directory below.
+    with pytest.raises(OSError, match="not connected"):
+        (volume.path / "after").touch()
+    volume.mount()
+    assert os.listdir(volume.path) == ["before"]
+    log = Path(volume.document("status", volume.address)["holder"]["log_path"]).read_text()
+    assert "the volume was lost" in log
 
 
 def test_a_command_waits_for_a_mount_that_is_ending(mounted_volume: MountedVolume) -> None:

@@ -78,9 +78,9 @@ class ChunkStoreConfig:
     """Blocks being uploaded at once."""
     max_fetches: int = 24
     """Blocks being fetched at once for readers; prefetches take at most half of them."""
-    write_memory_bytes: int = 64 * MIB
+    write_memory_bytes: int = 48 * MIB
     """Bound on written bytes that are held in memory: beyond it `append` waits."""
-    read_memory_bytes: int = 48 * MIB
+    read_memory_bytes: int = 40 * MIB
     """Bound on fetched bytes that are held in memory at once."""
     max_open_images: int = 512
     """Bound on open file descriptors of images."""

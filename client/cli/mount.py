@@ -206,6 +206,7 @@ def _be_the_mount(request: MountRequest, daemon: Daemon | None, *, log_format: s
 
     import uvloop
 
+    from chunkstore.allocator import keep_freed_memory
     from client import logs
     from client.daemon import raise_limits
     from client.mounted import MountProcess
@@ -214,6 +215,7 @@ def _be_the_mount(request: MountRequest, daemon: Daemon | None, *, log_format: s
         request.log_path or None, volume=str(request.address), log_format="json" if log_format == "json" else "text"
     )
     raise_limits()
+    keep_freed_memory()
 
     def ready() -> None:
         if daemon is not None:

@@ -30,9 +30,9 @@ from tests.servers.faults import Altered, Delay, Dropped, Fault, FaultProxy, Los
 from tests.servers.seaweedfs import SeaweedFS
 
 MIB: Final = 1 << 20
-SMALL_CACHE: Final = ("--cache-size", "24MiB")
+SMALL_CACHE: Final = ("--cache-size", "64MiB")
 FILE_BYTES: Final = 3 * MIB + 11
-FILES: Final = 20
+FILES: Final = 30
 DEADLINE_S: Final = 120
 
 pytestmark = pytest.mark.timeout(900)

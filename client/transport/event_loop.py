@@ -17,12 +17,27 @@ from __future__ import annotations
 
 import asyncio
 import select
-from collections.abc import Callable, Coroutine
-from types import TracebackType
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from types import ModuleType, TracebackType
 from typing import Any, Final, Self
 
 # Requests answered in a row before the loop turns: other tasks (uploads, commits) wait at most for these.
 _STREAK: Final = 16
+
+
+@contextmanager
+def without_trio() -> Iterator[None]:
+    """Let pyfuse3 be imported without trio, which it imports and which `EventLoop` replaces: 0.12 s and 10 MiB saved."""
+    if "trio" in sys.modules:
+        yield
+        return
+    sys.modules["trio"] = ModuleType("trio")
+    try:
+        yield
+    finally:
+        del sys.modules["trio"]
 
 
 class Closed(Exception):

@@ -24,14 +24,15 @@ from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter_ns
 from typing import Any, Final
 
-import pyfuse3
-
 from chunkstore.errors import AtollError
 from client.mounts import mounts_at, read_mounts
 from client.transport import MountOptions, kernel_mount
-from client.transport.event_loop import EventLoop
+from client.transport.event_loop import EventLoop, without_trio
 from client.vfs.vfs import Vfs
 from metasvc.model import Caller, Ino, Inode, SetAttr
+
+with without_trio():
+    import pyfuse3
 
 _ROOT: Final = pyfuse3.ROOT_INODE
 # stdio and Python's open() take their buffer's size from it, and each write(2) is a request: 4 KiB would be slow.

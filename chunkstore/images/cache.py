@@ -356,12 +356,13 @@ class ImageCache:
 
     async def _write_pending(self, batch: Sequence[PendingImage]) -> None:
         async with self.files.hold([pending.info.slice_id for pending in batch]):
-            wanted = [pending for pending in batch if self._pending.is_wanted(pending.info.slice_id)]
+            wanted = [pending for pending in batch if self._pending.is_wanted(pending)]
             failed = await self._executors.disk(self._write_whole, wanted)
-            for info, _ in wanted:
+            for pending in wanted:
+                info = pending.info
                 if info.slice_id in failed:
                     self.failed(failed[info.slice_id], info.slice_id)
-                elif self._pending.is_wanted(info.slice_id):
+                elif self._pending.is_wanted(pending):
                     self.index.put(info.slice_id, _entry_of(info, self.block_bytes))
                     self.counters.written_bytes += info.length
         self.has_grown.set()

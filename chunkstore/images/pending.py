@@ -21,6 +21,7 @@ from chunkstore.model import SliceInfo
 MAX_BYTES: Final = 16 * MIB
 # One hop to the disk executor writes so many images; 16 of 64 KiB take about 2 ms there.
 _BATCH: Final = 16
+_WRITERS: Final = 4
 
 
 class PendingImage(NamedTuple):
@@ -39,7 +40,7 @@ class PendingImages:
         self._write = write
         self._waiting: OrderedDict[SliceId, PendingImage] = OrderedDict()
         self._writing: dict[SliceId, PendingImage] = {}
-        self._writer: asyncio.Task[None] | None = None
+        self._writers: set[asyncio.Task[None]] = set()
         self.held_bytes = 0
 
     def __contains__(self, slice_id: SliceId) -> bool:
@@ -57,13 +58,15 @@ class PendingImages:
             return False
         self._waiting[info.slice_id] = PendingImage(info, data)
         self.held_bytes += info.length
-        if self._writer is None:
-            self._writer = self._tasks.start(self._run(), name="write images")
+        if len(self._writers) < _WRITERS and len(self._waiting) > _BATCH * len(self._writers):
+            writer = self._tasks.start(self._run(), name="write images")
+            self._writers.add(writer)
+            writer.add_done_callback(self._writers.discard)
         return True
 
-    def is_wanted(self, slice_id: SliceId) -> bool:
-        """Return whether an image of the batch that is being written was not dropped since."""
-        return slice_id in self._writing
+    def is_wanted(self, pending: PendingImage) -> bool:
+        """Return whether an image that is being written was not dropped since."""
+        return self._writing.get(pending.info.slice_id) is pending
 
     def drop(self, slice_id: SliceId) -> SliceInfo | None:
         """Let go of a slice; return it if its file may come into being nevertheless."""
@@ -75,18 +78,19 @@ class PendingImages:
 
     async def flush(self) -> None:
         """Wait until everything is written."""
-        while self._writer is not None:
-            await asyncio.wait([self._writer])
+        while self._writers:
+            await asyncio.wait(list(self._writers))
 
     async def _run(self) -> None:
-        try:
-            while self._waiting:
-                batch = [self._waiting.popitem(last=False)[1] for _ in range(min(_BATCH, len(self._waiting)))]
-                self._writing = {pending.info.slice_id: pending for pending in batch}
-                try:
-                    await self._write(batch)
-                finally:
-                    self._writing = {}
-                    self.held_bytes -= sum(pending.info.length for pending in batch)
-        finally:
-            self._writer = None
+        while self._waiting:
+            batch = [self._waiting.popitem(last=False)[1] for _ in range(min(_BATCH, len(self._waiting)))]
+            for pending in batch:
+                self._writing[pending.info.slice_id] = pending
+            try:
+                await self._write(batch)
+            finally:
+                for pending in batch:
+                    # Dropped and taken again meanwhile, it would be another writer's.
+                    if self._writing.get(pending.info.slice_id) is pending:
+                        del self._writing[pending.info.slice_id]
+                self.held_bytes -= sum(pending.info.length for pending in batch)

@@ -6,54 +6,25 @@ list is always the shortest that says the same, and a slice that is wholly cover
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable
 
 from chunkstore.geometry import CHUNK_BYTES
+from metasvc.api import overlay as layers
 from metasvc.model import SliceRef
 
 
 def cut(refs: list[SliceRef], start: int, end: int) -> list[SliceRef]:
     """Return refs without what lies in [start, end)."""
-    if not refs or start >= end or refs[-1].end <= start or refs[0].offset >= end:
-        return refs
-    kept: list[SliceRef] = []
-    for ref in refs:
-        if ref.end <= start or ref.offset >= end:
-            kept.append(ref)
-            continue
-        if ref.offset < start:
-            kept.append(ref._replace(length=start - ref.offset))
-        if ref.end > end:
-            skip = end - ref.offset
-            kept.append(SliceRef(end, ref.slice_id, ref.slice_offset + skip, ref.length - skip))
+    kept = refs.copy()
+    layers.cut(kept, start, end)
     return kept
 
 
-def overlay(refs: list[SliceRef], new: SliceRef) -> list[SliceRef]:
-    """Return refs with a newer one laid over them; neighbours that continue each other are joined."""
-    if not refs or refs[-1].end <= new.offset:
-        if refs and _continues(refs[-1], new):
-            return [*refs[:-1], refs[-1]._replace(length=refs[-1].length + new.length)]
-        return [*refs, new]
-    kept = cut(refs, new.offset, new.end)
-    at = bisect_left(kept, new.offset, key=lambda ref: ref.offset)
-    before, after = kept[:at], kept[at:]
-    if before and _continues(before[-1], new):
-        previous = before.pop()
-        new = previous._replace(length=previous.length + new.length)
-    if after and _continues(new, after[0]):
-        new = new._replace(length=new.length + after[0].length)
-        after = after[1:]
-    return [*before, new, *after]
-
-
-def _continues(first: SliceRef, second: SliceRef) -> bool:
-    return (
-        first.end == second.offset
-        and first.slice_id == second.slice_id
-        and first.slice_offset + first.length == second.slice_offset
-    )
+def overlay(refs: list[SliceRef], newer: Iterable[SliceRef]) -> list[SliceRef]:
+    """Return refs with newer ones laid over them, one after the other; neighbours that continue each other are joined."""
+    merged = refs.copy()
+    layers.overlay_all(merged, newer)
+    return merged
 
 
 def clip(refs: Iterable[SliceRef], start: int, end: int) -> list[SliceRef]:

@@ -147,9 +147,7 @@ def commit(tx: Tx, caller: Caller, ino: Ino, change: Commit) -> Inode:
     delta: dict[int, int] = {}
     for index, new_refs in touched.items():
         old = _get_chunk(tx, ino, index)
-        merged = old
-        for ref in new_refs:
-            merged = chunkmap.overlay(merged, ref)
+        merged = chunkmap.overlay(old, new_refs)
         chunkmap.count_slices(old, delta, -1)
         chunkmap.count_slices(merged, delta, +1)
         _put_chunk(tx, ino, index, merged)
@@ -270,9 +268,8 @@ def copy_range(
     touched = chunkmap.by_chunk(moved)
     tx.require([(CHUNK, (target, index)) for index in touched])
     for index, new_refs in touched.items():
-        old = merged = _get_chunk(tx, target, index)
-        for ref in new_refs:
-            merged = chunkmap.overlay(merged, ref)
+        old = _get_chunk(tx, target, index)
+        merged = chunkmap.overlay(old, new_refs)
         chunkmap.count_slices(old, delta, -1)
         chunkmap.count_slices(merged, delta, +1)
         _put_chunk(tx, target, index, merged)
@@ -300,9 +297,9 @@ def replace_refs(tx: Tx, ino: Ino, index: int, expected: list[SliceRef], written
         settle(tx, {}, written)
         return False
     merged: list[SliceRef] = []
+    base = index * CHUNK_BYTES
     for slice_ in written:
-        for ref in slice_.refs:
-            merged = chunkmap.overlay(merged, ref._replace(offset=ref.offset - index * CHUNK_BYTES))
+        merged = chunkmap.overlay(merged, [ref._replace(offset=ref.offset - base) for ref in slice_.refs])
     delta: dict[int, int] = {}
     chunkmap.count_slices(old, delta, -1)
     chunkmap.count_slices(merged, delta, +1)

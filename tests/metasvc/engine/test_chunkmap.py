@@ -33,7 +33,7 @@ def test_overlay_and_cut_do_what_they_do_to_bytes(writes: list[tuple[int, int, i
             for at in range(offset, offset + length):
                 expected.pop(at, None)
         else:
-            refs = chunkmap.overlay(refs, SliceRef(offset, SliceId(slice_id), skip, length))
+            refs = chunkmap.overlay(refs, [SliceRef(offset, SliceId(slice_id), skip, length)])
             expected.update({offset + at: (slice_id, skip + at) for at in range(length)})
         assert painted(refs) == expected
         assert all(a.end <= b.offset for a, b in itertools.pairwise(refs))
@@ -45,7 +45,7 @@ def test_overlay_and_cut_do_what_they_do_to_bytes(writes: list[tuple[int, int, i
 def test_clip_keeps_exactly_what_lies_inside(writes: list[tuple[int, int, int, bool, int]], one: int, two: int) -> None:
     refs: list[SliceRef] = []
     for offset, length, slice_id, _, skip in writes:
-        refs = chunkmap.overlay(refs, SliceRef(offset, SliceId(slice_id), skip, length))
+        refs = chunkmap.overlay(refs, [SliceRef(offset, SliceId(slice_id), skip, length)])
     start, end = sorted((one, two))
     inside = {at: byte for at, byte in painted(refs).items() if start <= at < end}
     assert painted(chunkmap.clip(refs, start, end)) == inside
@@ -58,5 +58,5 @@ def test_splitting_at_chunk_borders_and_back_loses_nothing(offset: int, length: 
     assert all(part.offset // CHUNK_BYTES == (part.end - 1) // CHUNK_BYTES for part in parts)
     joined: list[SliceRef] = []
     for part in parts:
-        joined = chunkmap.overlay(joined, part)
+        joined = chunkmap.overlay(joined, [part])
     assert joined == [ref]

@@ -213,7 +213,9 @@ class Writing:
         """Return attributes as applications must see them: with the length and times of unflushed writes."""
         if not self.pending:
             return inode
-        mtime_ns = inode.mtime_ns if self.mtime_ns is None else self.mtime_ns
+        mtime_ns = self.mtime_ns
+        if mtime_ns is None:
+            return inode._replace(size_bytes=self.size)
         return inode._replace(size_bytes=self.size, mtime_ns=mtime_ns, ctime_ns=max(inode.ctime_ns, mtime_ns))
 
     def reopened(self, opened: OpenFile) -> None:

@@ -7,8 +7,11 @@
     layout      which frames a slice has, and where
     sidefile    presence and digests of the frames of a big image
     image       one open image, and the disk work on it
+    open_images which images are open, and which threads use them; bounded descriptors
+    exclusive   one task at a time for the files of one slice
     index       what lies in the cache and in which order it was used, small enough for millions
-    cache       the facade: read, store, adopt, forget; bounded descriptors; errors become misses
+    pending     small images that are written after the reply
+    cache       the facade: read, store, adopt, forget; errors become misses
     draft       the image of a slice that is being written
     staging     sealed images that wait for upload, durable by name
     eviction    least recently used down to the limits

@@ -166,7 +166,7 @@ class ImageCache:
             or slice_id in self._pending
             or slice_id in self._staged
             or not self.index.is_loaded
-            or self.index.get(slice_id) is not None
+            or slice_id in self.index
         )
 
     def absent_frames(self, info: SliceInfo, frames: range) -> list[int]:

@@ -114,6 +114,10 @@ class ImageIndex:
         """Return how many images are known."""
         return self._count
 
+    def __contains__(self, slice_id: SliceId) -> bool:
+        """Return whether an image is known."""
+        return slice_id in self._recent or any(segment.find(slice_id) >= 0 for segment in self._segments)
+
     @property
     def is_loaded(self) -> bool:
         """Return whether `load` has been called, so that what is not found here is not on the disk."""

@@ -66,7 +66,7 @@ class Scrub:
         names = self._cache.directory.image_names()
         while batch := await self._executors.disk(_take, names):
             for name in batch:
-                if self._cache.index.get(name.slice_id) is not None:
+                if name.slice_id in self._cache.index:
                     await (self._small(name, name.check) if name.check is not None else self._big(name))
         sides = self._cache.directory.side_ids()
         while orphans := await self._executors.disk(_take, sides):
@@ -81,7 +81,7 @@ class Scrub:
         except OSError as error:
             self._cache.failed(error, name.slice_id)
             is_sound = False
-        if not is_sound and self._cache.index.get(name.slice_id) is not None:
+        if not is_sound and name.slice_id in self._cache.index:
             self._cache.damaged_small(name.slice_id)
         await self._pace(name.length)
 

@@ -73,6 +73,7 @@ def test_it_agrees_with_a_model(
     play(late)
     for slice_id, entry in model.items():
         assert index.get(slice_id) == entry
+        assert slice_id in index
 
 
 def test_the_order_of_use_is_exact_while_all_are_recent_and_what_was_found_comes_first() -> None:

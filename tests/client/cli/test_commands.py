@@ -12,7 +12,6 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +20,48 @@ import pytest
 from client.cli.main import COMMANDS
 from tests.client.cli.commands import done, run
 from tests.mount.mounted import ATOLL, MountedVolume, detach, is_mount_point, mounted, wait_until_gone
+from tests.servers.seaweedfs import SeaweedFS
 
 MIB = 1 << 20
 
 
-class Sides:
-    """One volume, to be asked in both ways."""
+class Asking:
+    """Ask a volume through its holder, or while nobody holds it; mounts and unmounts only where that changes."""
 
-    def __init__(self, volume: MountedVolume) -> None:
+    def __init__(self, volume: MountedVolume, *, is_free: bool) -> None:
         self.volume = volume
         self.address = volume.address
+        self._is_free = is_free
 
-    def both(self, *arguments: str) -> dict[str, Any]:
-        """Return the document of a command that changes nothing; it must be the same with and without a holder."""
-        held = done(*arguments, "--json").document
-        self.volume.unmount()
-        free = done(*arguments, "--json").document
-        self.volume.mount()
-        assert free == held
-        return held
+    @property
+    def top(self) -> Path:
+        """Return the mount point, mounted."""
+        if not is_mount_point(self.volume.path):
+            self.volume.mount()
+        return self.volume.path
+
+    def __call__(self, *arguments: str) -> dict[str, Any]:
+        """Run a command and return its document."""
+        if is_mount_point(self.volume.path) == self._is_free:
+            if self._is_free:
+                self.volume.unmount()
+            else:
+                self.volume.mount()
+        return self.volume.document(*arguments)
 
 
-@pytest.fixture
-def sides(mounted_volume: MountedVolume) -> Sides:
-    return Sides(mounted_volume)
+@pytest.fixture(params=["held", "free"])
+def ask(mounted_volume: MountedVolume, request: pytest.FixtureRequest) -> Asking:
+    return Asking(mounted_volume, is_free=request.param == "free")
+
+
+def ask_both(volume: MountedVolume, *commands: list[str]) -> list[dict[str, Any]]:
+    """Return the documents of commands that change nothing; they must be the same with and without a holder."""
+    held = [Asking(volume, is_free=False)(*command) for command in commands]
+    free = [Asking(volume, is_free=True)(*command) for command in commands]
+    assert free == held
+    volume.mount()
+    return held
 
 
 def make_tree(top: Path) -> None:
@@ -64,10 +81,10 @@ def make_tree(top: Path) -> None:
 # -- asking -----------------------------------------------------------------------------------------------------------------
 
 
-def test_status_tells_volume_usage_and_holder(sides: Sides) -> None:
-    volume = sides.volume
+def test_status_tells_volume_usage_and_holder(mounted_volume: MountedVolume) -> None:
+    volume = mounted_volume
     make_tree(volume.path)
-    held = volume.document("status", sides.address)
+    held = volume.document("status", volume.address)
     assert held["holder"]["pid"] == volume.pid
     assert held["holder"]["mountpoint"] == str(volume.path)
     assert held["holder"]["phase"] == "mounted"
@@ -76,55 +93,51 @@ def test_status_tells_volume_usage_and_holder(sides: Sides) -> None:
     assert held["usage"]["used_inodes"] == 7
     assert held["usage"]["used_bytes"] == 5 * MIB + 4096 + (3 * MIB + 4096) + 4096
     volume.unmount()
-    free = volume.document("status", sides.address)
+    free = volume.document("status", volume.address)
     assert (free["holder"], free["sessions"], free["cache"]) == (None, [], None)
     assert free["epoch"] > held["epoch"]
     assert (free["format"], free["usage"], free["trash"]) == (held["format"], held["usage"], held["trash"])
-    assert done("status", sides.address).stdout.startswith("volume")
+    assert done("status", volume.address).stdout.startswith("volume")
     volume.mount()
-    assert str(volume.path) in done("status", sides.address).stdout
+    assert str(volume.path) in done("status", volume.address).stdout
     # A path under the mount stands for its volume.
-    assert volume.document("status", str(volume.path / "dir"))["address"] == sides.address
+    assert volume.document("status", str(volume.path / "dir"))["address"] == volume.address
 
 
-def test_info_of_files_directories_and_links(sides: Sides) -> None:
-    make_tree(sides.volume.path)
-    big = sides.both("info", f"{sides.address}:/dir/big")
+def test_info_of_files_directories_and_links(mounted_volume: MountedVolume) -> None:
+    volume = mounted_volume
+    make_tree(volume.path)
+    paths = ["dir/big", "holes", "dir/./small/../small", "", "not utf-8 \udcff", "link"]
+    big, holes, small, tree, raw, link = ask_both(volume, *(["info", f"{volume.address}:/{path}"] for path in paths))
     assert (big["type"], big["size_bytes"], big["durability"], big["slice_count"]) == ("file", 5 * MIB, "object", 1)
     assert big["slices"][0]["objects"] == 2
-    assert (Path(sides.address) / "objects" / big["slices"][0]["first_object"]).exists()
-    assert sides.volume.document("info", str(sides.volume.path / "dir" / "big")) == big
-    # The kernel follows a link where a slash asks for it, and ADDRESS:/path follows links on the way.
-    assert sides.volume.document("info", f"{sides.address}:/link")["type"] == "symlink"
-    assert sides.volume.document("info", str(sides.volume.path / "link"))["target"] == "dir/big"
-    holes = sides.both("info", f"{sides.address}:/holes")
+    assert (Path(volume.address) / "objects" / big["slices"][0]["first_object"]).exists()
+    assert volume.document("info", str(volume.path / "dir" / "big")) == big
+    assert (link["type"], link["target"]) == ("symlink", "dir/big")
+    assert volume.document("info", str(volume.path / "link")) == link
     assert sorted(holes["paths"]) == ["/dir/other name", "/holes"]
-    small = sides.both("info", f"{sides.address}:/dir/./small/../small")
     assert (small["durability"], small["slices"][0]["objects"]) == ("inline", 0)
-    tree = sides.both("info", f"{sides.address}:/")
     assert (tree["entries"], tree["usage"]["files"], tree["usage"]["directories"]) == (4, 6, 2)
-    raw = sides.both("info", f"{sides.address}:/not utf-8 \udcff")
     assert raw["path"] == "/not utf-8 \udcff"
-    shown = done("info", f"{sides.address}:/not utf-8 \udcff").stdout
-    assert "/not utf-8 \\xff" in shown
+    assert "/not utf-8 \\xff" in done("info", f"{volume.address}:/not utf-8 \udcff").stdout
 
 
-def test_stats_are_prometheus_text_and_one_object(sides: Sides) -> None:
-    volume = sides.volume
+def test_stats_are_prometheus_text_and_one_object(mounted_volume: MountedVolume) -> None:
+    volume = mounted_volume
     make_tree(volume.path)
     text = volume.atoll("stats", str(volume.path))
     assert re.search(r'^atoll_fuse_requests_total\{op="WRITE"\} [1-9]', text, re.MULTILINE)
     assert re.search(r'^atoll_bucket_requests_total\{verb="put"\} 2$', text, re.MULTILINE)
     names = {line.split(" ")[0].partition("{")[0] for line in text.splitlines() if not line.startswith("#")}
     assert all(name.startswith("atoll_") for name in names)
-    document = volume.document("stats", sides.address)
+    document = volume.document("stats", volume.address)
     assert document['atoll_fuse_requests_total{op="MKDIR"}'] == 1
     virtual = (volume.path / ".atoll" / "stats").read_text()
     assert names <= {line.split(" ")[0].partition("{")[0] for line in virtual.splitlines()}
     config = json.loads((volume.path / ".atoll" / "config").read_bytes())
     assert config["mount"]["pid"] == volume.pid
     volume.unmount()
-    assert volume.document("stats", sides.address)["atoll_meta_operations_total"] >= 0
+    assert volume.document("stats", volume.address)["atoll_meta_operations_total"] >= 0
 
 
 def test_figures_of_stats_that_are_no_numbers_are_read() -> None:
@@ -139,90 +152,66 @@ def test_figures_of_stats_that_are_no_numbers_are_read() -> None:
 # -- trash, quota, clone ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["held", "free"])
-def ask(mounted_volume: MountedVolume, request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
-    """Return what runs a command on the volume: through its holder, or while nobody holds it."""
-    volume = mounted_volume
-
-    def held(*arguments: str) -> dict[str, Any]:
-        return volume.document(*arguments)
-
-    def free(*arguments: str) -> dict[str, Any]:
-        volume.unmount()
-        try:
-            return volume.document(*arguments)
-        finally:
-            volume.mount()
-
-    return held if request.param == "held" else free
-
-
-Ask = Callable[..., dict[str, Any]]
-
-
-def test_trash_is_listed_restored_and_emptied(mounted_volume: MountedVolume, ask: Ask) -> None:
-    volume = mounted_volume
-    make_tree(volume.path)
-    content = (volume.path / "dir" / "big").read_bytes()
-    (volume.path / "dir" / "small").unlink()
+def test_trash_is_listed_restored_and_emptied(ask: Asking) -> None:
+    make_tree(ask.top)
+    content = (ask.top / "dir" / "big").read_bytes()
+    (ask.top / "dir" / "small").unlink()
     # The kernel knows from now on that the name is absent; a restore must tell it otherwise.
-    assert not (volume.path / "dir" / "small").exists()
-    shutil.rmtree(volume.path / "dir")
-    (volume.path / "link").unlink()
-    entries = ask("trash", "list", volume.address)["entries"]
+    assert not (ask.top / "dir" / "small").exists()
+    shutil.rmtree(ask.top / "dir")
+    (ask.top / "link").unlink()
+    entries = ask("trash", "list", ask.address)["entries"]
     assert [(row["name"], row["type"]) for row in entries if row["path"] is not None][-2:] == [
         ("dir", "directory"),
         ("link", "symlink"),
     ]
     ids = {row["name"]: row["trash_id"] for row in entries}
-    assert "link" in done("trash", "list", volume.address).stdout
-    restored = ask("trash", "restore", volume.address, str(ids["big"]), str(ids["small"]))["restored"]
+    assert "link" in done("trash", "list", ask.address).stdout
+    restored = ask("trash", "restore", ask.address, str(ids["big"]), str(ids["small"]))["restored"]
     assert [row["path"] for row in restored] == ["/dir/big", "/dir/small"]
-    assert (volume.path / "dir" / "big").read_bytes() == content
-    assert (volume.path / "dir" / "small").read_bytes() == b"small"
+    assert (ask.top / "dir" / "big").read_bytes() == content
+    assert (ask.top / "dir" / "small").read_bytes() == b"small"
     # A name of a file that has another is no loss, so it is not in the trash.
-    (volume.path / "dir" / "small").unlink()
-    below = ask("trash", "list", f"{volume.address}:/dir")["entries"]
+    (ask.top / "dir" / "small").unlink()
+    below = ask("trash", "list", f"{ask.address}:/dir")["entries"]
     assert [row["path"] for row in below] == ["/dir/small"]
-    (volume.path / "link").touch()
-    line = run("trash", "restore", volume.address, str(ids["link"])).error()
+    (ask.top / "link").touch()
+    line = run("trash", "restore", ask.address, str(ids["link"])).error()
     assert "rename or remove what has its name now" in line
-    assert ask("trash", "empty", volume.address, "--older-than", "1")["removed_entries"] == 0
-    assert ask("trash", "empty", volume.address)["removed_entries"] >= 2
-    assert ask("trash", "list", volume.address)["entries"] == []
-    assert ask("gc", volume.address)["leaked_objects"] == 0
+    assert ask("trash", "empty", ask.address, "--older-than", "1")["removed_entries"] == 0
+    assert ask("trash", "empty", ask.address)["removed_entries"] >= 2
+    assert ask("trash", "list", ask.address)["entries"] == []
+    assert ask("gc", ask.address)["leaked_objects"] == 0
 
 
-def test_quotas_are_set_shown_and_removed(mounted_volume: MountedVolume, ask: Ask) -> None:
-    volume = mounted_volume
-    make_tree(volume.path)
-    limited = f"{volume.address}:/dir"
+def test_quotas_are_set_shown_and_removed(ask: Asking) -> None:
+    make_tree(ask.top)
+    limited = f"{ask.address}:/dir"
     set_now = ask("quota", "set", limited, "--capacity", "20MiB")
     used = 5 * MIB + 4096 + 3 * MIB + 4096
     assert (set_now["capacity_bytes"], set_now["used_bytes"], set_now["used_inodes"]) == (20 * MIB, used, 3)
     changed = ask("quota", "set", limited, "--inodes", "10")
     assert (changed["capacity_bytes"], changed["max_inodes"]) == (20 * MIB, 10)
     assert ask("quota", "get", limited) == changed
-    ask("quota", "set", f"{volume.address}:/", "--capacity", "1GiB")
-    rows = ask("quota", "list", volume.address)["quotas"]
+    ask("quota", "set", f"{ask.address}:/", "--capacity", "1GiB")
+    rows = ask("quota", "list", ask.address)["quotas"]
     assert [(row["path"], row["capacity_bytes"]) for row in rows] == [("/", 1 << 30), ("/dir", 20 * MIB)]
-    assert "1.0 GiB" in done("quota", "list", volume.address).stdout
+    assert "1.0 GiB" in done("quota", "list", ask.address).stdout
     assert ask("quota", "remove", limited)["path"] == "/dir"
     assert "has no quota of its own" in run("quota", "get", limited).error()
     assert "has no quota of its own" in run("quota", "remove", limited).error()
 
 
-def test_a_clone_has_equal_content_and_is_independent(mounted_volume: MountedVolume, ask: Ask) -> None:
-    volume = mounted_volume
-    make_tree(volume.path)
-    assert not (volume.path / "copy").exists()
-    usage = ask("clone", f"{volume.address}:/dir", f"{volume.address}:/copy")
+def test_a_clone_has_equal_content_and_is_independent(ask: Asking) -> None:
+    make_tree(ask.top)
+    assert not (ask.top / "copy").exists()
+    usage = ask("clone", f"{ask.address}:/dir", f"{ask.address}:/copy")
     assert (usage["files"], usage["directories"], usage["path"]) == (3, 1, "/copy")
     for name in ("big", "small", "other name"):
-        assert (volume.path / "copy" / name).read_bytes() == (volume.path / "dir" / name).read_bytes()
-    (volume.path / "copy" / "big").write_bytes(b"changed")
-    assert (volume.path / "dir" / "big").stat().st_size == 5 * MIB
-    assert "choose a name that is free" in run("clone", f"{volume.address}:/dir", f"{volume.address}:/copy").error()
+        assert (ask.top / "copy" / name).read_bytes() == (ask.top / "dir" / name).read_bytes()
+    (ask.top / "copy" / "big").write_bytes(b"changed")
+    assert (ask.top / "dir" / "big").stat().st_size == 5 * MIB
+    assert "choose a name that is free" in run("clone", f"{ask.address}:/dir", f"{ask.address}:/copy").error()
 
 
 def test_a_clone_by_paths_of_the_mount_takes_along_what_is_still_being_written(mounted_volume: MountedVolume) -> None:
@@ -240,25 +229,22 @@ def blocks(address: str) -> list[Path]:
     return sorted(path for path in (Path(address) / "objects").rglob("*") if path.is_file())
 
 
-def test_gc_deletes_what_leaked_and_nothing_else_and_finds_nothing_the_second_time(
-    mounted_volume: MountedVolume, ask: Ask
-) -> None:
-    volume = mounted_volume
-    (volume.path / "kept").write_bytes(os.urandom(9 * MIB))
-    kept = blocks(volume.address)
+def test_gc_deletes_what_leaked_and_nothing_else_and_finds_nothing_the_second_time(ask: Asking) -> None:
+    (ask.top / "kept").write_bytes(os.urandom(9 * MIB))
+    kept = blocks(ask.address)
     prefix = kept[0].parent
     for name in ("ffff0.0", "ffff0.1", "ffff1.0", kept[0].name.partition(".")[0] + ".77"):
         (prefix / name).write_bytes(b"left by a writer that died")
     (prefix / "not a block").write_bytes(b"somebody else's")
-    dry = ask("gc", volume.address, "--dry-run")
+    dry = ask("gc", ask.address, "--dry-run")
     assert (dry["leaked_objects"], dry["deleted_objects"], dry["foreign_objects"]) == (4, 0, 1)
-    assert len(blocks(volume.address)) == len(kept) + 5
-    first = ask("gc", volume.address)
+    assert len(blocks(ask.address)) == len(kept) + 5
+    first = ask("gc", ask.address)
     assert (first["leaked_objects"], first["deleted_objects"], first["leaked_bytes"]) == (4, 4, 4 * 26)
-    second = ask("gc", volume.address)
+    second = ask("gc", ask.address)
     assert (second["leaked_objects"], second["deleted_objects"]) == (0, 0)
-    assert [path for path in blocks(volume.address) if path.name != "not a block"] == kept
-    assert "leaked: 0 objects" in done("gc", volume.address).stdout
+    assert [path for path in blocks(ask.address) if path.name != "not a block"] == kept
+    assert "leaked: 0 objects" in done("gc", ask.address).stdout
 
 
 def test_gc_leaves_alone_what_a_program_is_just_writing(mounted_volume: MountedVolume) -> None:
@@ -275,39 +261,37 @@ def test_gc_leaves_alone_what_a_program_is_just_writing(mounted_volume: MountedV
     assert (volume.path / "file").read_bytes() == content
 
 
-def test_removed_files_leave_the_bucket(mounted_volume: MountedVolume, ask: Ask) -> None:
-    volume = mounted_volume
-    (volume.path / "file").write_bytes(os.urandom(9 * MIB))
-    (volume.path / "file").unlink()
-    assert ask("gc", volume.address)["garbage_slices"] == 0
-    assert len(blocks(volume.address)) == 3
-    ask("trash", "empty", volume.address)
-    ask("gc", volume.address)
-    assert blocks(volume.address) == []
+def test_removed_files_leave_the_bucket(ask: Asking) -> None:
+    (ask.top / "file").write_bytes(os.urandom(9 * MIB))
+    (ask.top / "file").unlink()
+    assert ask("gc", ask.address)["garbage_slices"] == 0
+    assert len(blocks(ask.address)) == 3
+    ask("trash", "empty", ask.address)
+    ask("gc", ask.address)
+    assert blocks(ask.address) == []
 
 
-def test_fsck_is_clean_and_finds_what_is_missing(mounted_volume: MountedVolume, ask: Ask) -> None:
-    volume = mounted_volume
-    make_tree(volume.path)
-    clean = ask("fsck", volume.address, "--data")
+def test_fsck_is_clean_and_finds_what_is_missing(ask: Asking) -> None:
+    make_tree(ask.top)
+    clean = ask("fsck", ask.address, "--data")
     assert (clean["clean"], clean["problem_count"], clean["checked_slices"]) == (True, 0, 1)
     assert clean["checked_objects"] == clean["verified_objects"] == 2
-    lost = blocks(volume.address)[1]
+    lost = blocks(ask.address)[1]
     content = lost.read_bytes()
     lost.unlink()
-    found = run("fsck", volume.address, "--json")
+    found = run("fsck", ask.address, "--json")
     assert (found.code, found.document["clean"]) == (1, False)
     assert [(row["code"], row["files"][0]["paths"]) for row in found.document["problems"]] == [
         ("object-missing", ["/dir/big"])
     ]
-    assert "/dir/big" in run("fsck", volume.address).stdout
+    assert "/dir/big" in run("fsck", ask.address).stdout
     lost.write_bytes(content[:-1])
-    assert run("fsck", volume.address, "--json").document["clean"] is True  # still a plausible size
-    assert [row["code"] for row in run("fsck", volume.address, "--data", "--json").document["problems"]] == [
+    assert run("fsck", ask.address, "--json").document["clean"] is True  # still a plausible size
+    assert [row["code"] for row in run("fsck", ask.address, "--data", "--json").document["problems"]] == [
         "object-corrupt"
     ]
     lost.write_bytes(b"tiny")
-    assert [row["code"] for row in run("fsck", volume.address, "--json").document["problems"]] == ["object-size"]
+    assert [row["code"] for row in run("fsck", ask.address, "--json").document["problems"]] == ["object-size"]
     lost.write_bytes(content)
 
 
@@ -360,6 +344,25 @@ def test_format_makes_a_missing_bucket_directory_only_when_asked(tmp_path: Path)
     said = done("format", tmp_path / "v", "--bucket", url, "--create-bucket").stdout
     assert "every node that mounts the volume must reach the directory" in said
     assert done("fsck", tmp_path / "v").code == 0
+
+
+def test_format_makes_a_bucket_on_s3_when_asked_and_a_volume_in_it_works(tmp_path: Path, s3_server: SeaweedFS) -> None:
+    name = "atoll-made-by-format"
+    bucket = s3_server.bucket(name, prefix="deep/prefix")
+    refused = run("format", tmp_path / "volume", "--bucket", bucket.url, environment=bucket.environment).error()
+    assert name in refused
+    options = ("--bucket", bucket.url, "--create-bucket")
+    with mounted(tmp_path, *options, environment=bucket.environment) as volume:
+        content = os.urandom(5 * MIB)
+        (volume.path / "file").write_bytes(content)
+        volume.remount_with_empty_cache()
+        assert (volume.path / "file").read_bytes() == content
+        assert len(bucket.keys()) == 2
+        document = volume.document("gc", volume.address)
+        assert (document["listed_objects"], document["leaked_objects"]) == (2, 0)
+        volume.unmount()
+        assert volume.document("fsck", volume.address, "--data")["verified_objects"] == 2
+    s3_server.delete_bucket(name)
 
 
 def test_format_fills_an_empty_directory(tmp_path: Path) -> None:

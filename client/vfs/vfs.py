@@ -436,8 +436,8 @@ class Vfs:
         self._check_change(parent, name)
         opened = await self._meta.create(caller, parent, name, mode=mode, exclusive=bool(flags & os.O_EXCL))
         self._changed()
-        if not opened.inode.size_bytes:
-            flags &= ~os.O_TRUNC
+        if not opened.inode.size_bytes and self._files.get(opened.inode.ino) is None:
+            flags &= ~os.O_TRUNC  # new, or empty: nothing to cut off, here or pending
         return await self._opened(caller, opened, flags)
 
     async def _opened(self, caller: Caller, opened: OpenFile, flags: int) -> Handle:

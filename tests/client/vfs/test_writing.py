@@ -200,6 +200,25 @@ def test_what_is_cut_off_before_it_is_committed_never_reaches_the_bucket(tmp_pat
     asyncio.run(scenario())
 
 
+def test_opening_with_truncation_drops_what_is_not_committed_too(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with Place(tmp_path).opened() as volume:
+            one = await create(volume)
+            await volume.vfs.write(one.fh, 0, b"pending")
+            flags = os.O_RDWR | os.O_TRUNC
+            two = await volume.vfs.create(ROOT, ROOT_INO, b"file", mode=0o644, flags=flags)
+            assert two.inode.size_bytes == 0
+            assert await read_all(volume, one.fh) == b""
+            await volume.vfs.write(one.fh, 2, b"!")
+            three = await volume.vfs.open(ROOT, one.inode.ino, flags)
+            assert await read_all(volume, two.fh) == b""
+            for handle in (one, two, three):
+                await volume.vfs.release(handle.fh)
+            assert (await volume.meta.getattr(one.inode.ino)).size_bytes == 0
+
+    asyncio.run(scenario())
+
+
 def test_handles_of_one_file_see_each_other_and_appends_go_to_the_end(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with Place(tmp_path).opened() as volume:

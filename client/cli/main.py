@@ -6,6 +6,7 @@ remedy; 2 for usage, with one line as well; 130 after Ctrl-C.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from importlib import import_module
@@ -76,7 +77,23 @@ def atoll() -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line and exit."""
+    """Run the command line and exit.
+
+    Everything that a command opened is closed when it returns, so the interpreter is not torn down: threads of the object
+    store's library that wake up meanwhile abort the process (seen: exit by SIGABRT after a refused key, on a busy machine).
+    """
+    try:
+        _run()
+    except SystemExit as ended:
+        code = ended.code
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def _run() -> NoReturn:
     # The exit is this function's: click's own would print usage errors in several lines.
     try:
         code = atoll.main(standalone_mode=False)

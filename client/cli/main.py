@@ -83,7 +83,7 @@ def main() -> NoReturn:
     store's library that wake up meanwhile abort the process (seen: exit by SIGABRT after a refused key, on a busy machine).
     """
     try:
-        _run()
+        run()
     except SystemExit as ended:
         code = ended.code
         with contextlib.suppress(OSError):
@@ -93,7 +93,8 @@ def main() -> NoReturn:
         os._exit(code if isinstance(code, int) else int(code is not None))
 
 
-def _run() -> NoReturn:
+def run() -> NoReturn:
+    """Run the command line; SystemExit says how it ended."""
     # The exit is this function's: click's own would print usage errors in several lines.
     try:
         code = atoll.main(standalone_mode=False)

@@ -18,7 +18,7 @@ readers, delete against fetch), `chunkstore.images.cache` (eviction against read
 and `chunkstore.flight` (append, seal, discard, crash), `chunkstore.uploading` and `chunkstore.images.staging` (staged slices).
 
 What it costs, in CPU time on one EPYC core (the machine was busy, so wall times say little), bucket = directory on ext4:
-`try_read` 3 us for 4 KiB, 15 us for 128 KiB, 85 us for 1 MiB, of which pread(2) is 1.5, 13 and 75. 1 GiB written: 0.9 s user and
+`try_read` 3 us for 4 KiB, 15 for 128 KiB, 85 for 1 MiB, of which pread(2) is 1.5, 13 and 75. 1 GiB written: 0.9 s user and
 2.5 to 3.3 s system, over half of it the kernel's copies into image and bucket; read from the bucket: 0.5 s and 1.0 s; read from
 images: 0.05 s and 0.15 s. A slice of 64 KiB sealed: 0.1 ms of the event loop and 0.1 to 0.2 ms elsewhere, beside the put; read
 with nothing cached: 0.07 ms and 0.1 ms, beside the get. 200,000 images are indexed in 2.5 s in the background, with 8 MiB.

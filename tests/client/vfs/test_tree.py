@@ -28,7 +28,7 @@ ANSWERS_THAT_DIFFER = {
     ("link", E.EPERM, E.EEXIST),
     # The target is a directory, not empty, and the source is none.
     ("rename", E.EISDIR, E.ENOTEMPTY),
-    # A symbolic link that is not followed: a kernel may refuse it by who owns it and its directory before it looks at what it is.
+    # A symbolic link that is not followed: a kernel may refuse it by its owner and its directory first.
     ("open", E.EACCES, E.ELOOP),
 }
 

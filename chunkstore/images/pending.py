@@ -19,9 +19,9 @@ from chunkstore.geometry import MIB, Buffer, SliceId
 from chunkstore.model import SliceInfo
 
 MAX_BYTES: Final = 16 * MIB
-# One hop to the disk executor writes so many images; 16 of 64 KiB take about 2 ms there.
+# One hop to the disk executor writes so many images; 16 of 64 KiB take about 2 ms there. One hop at a time: they all make
+# files in one directory, whose lock four threads spent half of their time spinning on.
 _BATCH: Final = 16
-_WRITERS: Final = 4
 
 
 class PendingImage(NamedTuple):
@@ -40,7 +40,7 @@ class PendingImages:
         self._write = write
         self._waiting: OrderedDict[SliceId, PendingImage] = OrderedDict()
         self._writing: dict[SliceId, PendingImage] = {}
-        self._writers: set[asyncio.Task[None]] = set()
+        self._writer: asyncio.Task[None] | None = None
         self.held_bytes = 0
 
     def __contains__(self, slice_id: SliceId) -> bool:
@@ -58,10 +58,8 @@ class PendingImages:
             return False
         self._waiting[info.slice_id] = PendingImage(info, data)
         self.held_bytes += info.length
-        if len(self._writers) < _WRITERS and len(self._waiting) > _BATCH * len(self._writers):
-            writer = self._tasks.start(self._run(), name="write images")
-            self._writers.add(writer)
-            writer.add_done_callback(self._writers.discard)
+        if self._writer is None:
+            self._writer = self._tasks.start(self._run(), name="write images")
         return True
 
     def is_wanted(self, pending: PendingImage) -> bool:
@@ -78,19 +76,18 @@ class PendingImages:
 
     async def flush(self) -> None:
         """Wait until everything is written."""
-        while self._writers:
-            await asyncio.wait(list(self._writers))
+        while self._writer is not None:
+            await asyncio.wait([self._writer])
 
     async def _run(self) -> None:
-        while self._waiting:
-            batch = [self._waiting.popitem(last=False)[1] for _ in range(min(_BATCH, len(self._waiting)))]
-            for pending in batch:
-                self._writing[pending.info.slice_id] = pending
-            try:
-                await self._write(batch)
-            finally:
-                for pending in batch:
-                    # Dropped and taken again meanwhile, it would be another writer's.
-                    if self._writing.get(pending.info.slice_id) is pending:
-                        del self._writing[pending.info.slice_id]
-                self.held_bytes -= sum(pending.info.length for pending in batch)
+        try:
+            while self._waiting:
+                batch = [self._waiting.popitem(last=False)[1] for _ in range(min(_BATCH, len(self._waiting)))]
+                self._writing = {pending.info.slice_id: pending for pending in batch}
+                try:
+                    await self._write(batch)
+                finally:
+                    self._writing = {}
+                    self.held_bytes -= sum(pending.info.length for pending in batch)
+        finally:
+            self._writer = None

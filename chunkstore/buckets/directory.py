@@ -91,6 +91,10 @@ class Disk:
         """Make the bytes of a file durable. fdatasync writes the size of a new file too; what it spares is the times."""
         os.fdatasync(descriptor)
 
+    def drop_pages(self, descriptor: int) -> None:
+        """Take what is synced of a file out of the page cache; a hint, which file systems may ignore."""
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def close(self, descriptor: int) -> None:
         """Close a file; some file systems report a failed write only here."""
         os.close(descriptor)
@@ -249,6 +253,7 @@ class DirectoryStore:
             try:
                 self._disk.write(descriptor, memoryview(data).cast("B"))
                 self._disk.sync_file(descriptor)
+                self._disk.drop_pages(descriptor)
             finally:
                 self._disk.close(descriptor)
             if may_replace:

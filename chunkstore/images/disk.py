@@ -80,6 +80,12 @@ class Disk:
                 raise OSError(errno.EIO, "write of 0 bytes")
             written += step
 
+    def pwrite_through(self, descriptor: int, data: Buffer, offset: int) -> None:
+        """Write all of the bytes to the disk, so that they take no room in the page cache afterwards."""
+        self.pwrite(descriptor, data, offset)
+        self.datasync(descriptor)
+        os.posix_fadvise(descriptor, offset, memoryview(data).nbytes, os.POSIX_FADV_DONTNEED)
+
     def truncate(self, descriptor: int, size_bytes: int) -> None:
         """Set the length of a file; what is added is a hole."""
         os.ftruncate(descriptor, size_bytes)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from chunkstore.background import Executors
-from chunkstore.geometry import Buffer, SliceId
+from chunkstore.geometry import MIB, Buffer, SliceId
 from chunkstore.images.cache import ImageCache
 from chunkstore.images.directory import StagedName, check_of
 from chunkstore.images.disk import Disk
@@ -23,6 +23,10 @@ from chunkstore.images.sidefile import PRESENT
 from chunkstore.model import SliceInfo
 
 T = TypeVar("T")
+
+# Whole blocks of big files go to the disk at once and leave the page cache: the kernel keeps a copy of what was just written as
+# pages of the mounted file anyway (docs/adr/0013).
+_WRITE_THROUGH_BYTES: Final = MIB
 
 
 class Draft:
@@ -54,7 +58,8 @@ class Draft:
             return False
         try:
             descriptor = await self._opened()
-            await self._run(self._disk.pwrite, descriptor, data, offset)
+            is_big = len(data) >= _WRITE_THROUGH_BYTES
+            await self._run(self._disk.pwrite_through if is_big else self._disk.pwrite, descriptor, data, offset)
         except OSError as error:
             self.is_broken = True
             self._cache.failed(error, self._slice_id)

@@ -254,8 +254,7 @@ class Caller:
     """0 for requests that change nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A name with the inode behind it."""
 
     name: bytes

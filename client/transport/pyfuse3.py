@@ -146,8 +146,18 @@ class Operations(pyfuse3.Operations):
     def _caller(self, ctx: pyfuse3.RequestContext) -> Caller:
         return self._vfs.caller(ctx.uid, ctx.gid, umask=ctx.umask)
 
-    def _attributes(self, inode: Inode) -> pyfuse3.EntryAttributes:
-        found = pyfuse3.EntryAttributes()
+    def _new_attributes(self) -> pyfuse3.EntryAttributes:
+        """Make attributes with what is the same for all."""
+        made = pyfuse3.EntryAttributes()
+        made.st_blksize = _BLKSIZE_BYTES
+        made.entry_timeout = self._entry_timeout_s
+        made.attr_timeout = self._attr_timeout_s
+        return made
+
+    def _attributes(self, inode: Inode, found: pyfuse3.EntryAttributes | None = None) -> pyfuse3.EntryAttributes:
+        """Return an inode's attributes, in what is handed over if that is free again."""
+        if found is None:
+            found = self._new_attributes()
         (
             ino,
             found.st_mode,
@@ -167,9 +177,6 @@ class Operations(pyfuse3.Operations):
         found.st_ino = ino if ino != self._vfs.root else _ROOT
         found.st_size = size
         found.st_blocks = (size + 511) >> 9
-        found.st_blksize = _BLKSIZE_BYTES
-        found.entry_timeout = self._entry_timeout_s
-        found.attr_timeout = self._attr_timeout_s
         return found
 
     # -- names ---------------------------------------------------------------------------------------------------------
@@ -312,8 +319,10 @@ class Operations(pyfuse3.Operations):
 
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         reply, attributes = pyfuse3.readdir_reply, self._attributes
-        for cookie, entry in await self._vfs.readdir(fh, start_id):
-            if not reply(token, entry.name, attributes(entry.inode), cookie):
+        found = self._new_attributes()
+        for cookie, (name, inode) in await self._vfs.readdir(fh, start_id):
+            # readdir_reply copies the attributes, so one object serves all.
+            if not reply(token, name, attributes(inode, found), cookie):
                 return
 
     async def releasedir(self, fh: int) -> None:

@@ -16,7 +16,7 @@ changed, or too much time has passed) as many as are wanted now are fetched agai
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Final, NamedTuple
+from typing import Final
 
 from metasvc.model import DirPage, Entry
 
@@ -31,11 +31,8 @@ _PAGES_KEPT: Final = 2
 _AGAIN: Final = 128
 
 
-class Positioned(NamedTuple):
-    """An entry, and the cookie of the position behind it."""
-
-    cookie: int
-    entry: Entry
+Positioned = tuple[int, Entry]
+"""The cookie of the position behind an entry, and the entry."""
 
 
 class _Page:
@@ -48,9 +45,7 @@ class _Page:
         self.stamp = stamp
         self.count = len(entries)
         self.names = b"\0".join([entry.name for entry in entries])
-        self.entries: list[Positioned] | None = [
-            Positioned(cookie, entry) for cookie, entry in enumerate(entries, first + DOT_ENTRIES + 1)
-        ]
+        self.entries: list[Positioned] | None = list(enumerate(entries, first + DOT_ENTRIES + 1))
 
     @property
     def last_name(self) -> bytes:
@@ -131,7 +126,7 @@ class DirectoryReader:
                 break
             after = answer.entries[-1].name
         return [
-            Positioned(cookie, entry)
+            (cookie, entry)
             for cookie, name in enumerate(wanted, page.first + index + DOT_ENTRIES + 1)
             if (entry := there.get(name)) is not None
         ]

@@ -624,18 +624,19 @@ class Vfs:
         handle = self._directories.get(fh)
         if handle is None:
             _refuse(E.EBADF)
-        found = await self._dot_entries(handle.ino, cookie) if cookie < 2 else []
+        dots = await self._dot_entries(handle.ino, cookie) if cookie < 2 else []
         if handle.reader is None:
             entries = enumerate(self._virtual.names(), 3)
-            return found + [Positioned(at, Entry(name, inode)) for at, (name, inode) in entries if at > cookie]
-        get = self._files.get
-        for positioned in await handle.reader.entries(cookie):
-            inode = positioned.entry.inode
-            file = get(inode[0])
-            if file is not None:
-                positioned = Positioned(positioned.cookie, Entry(positioned.entry.name, file.shown(inode)))
-            found.append(positioned)
-        return found
+            return dots + [(at, Entry(name, inode)) for at, (name, inode) in entries if at > cookie]
+        found = await handle.reader.entries(cookie)
+        if self._files:
+            # A file that is open may be longer than metadata know.
+            get = self._files.get
+            found = [
+                (at, entry if (file := get(entry.inode.ino)) is None else Entry(entry.name, file.shown(entry.inode)))
+                for at, entry in found
+            ]
+        return dots + found if dots else found
 
     async def _dot_entries(self, ino: Ino, cookie: int) -> list[Positioned]:
         inode = await self.getattr(ino)
@@ -643,7 +644,7 @@ class Vfs:
             parent = self.root
         else:
             parent = self.root if ino == self.root else inode.parent
-        dots = [Positioned(1, Entry(b".", inode)), Positioned(2, Entry(b"..", inode._replace(ino=parent)))]
+        dots = [(1, Entry(b".", inode)), (2, Entry(b"..", inode._replace(ino=parent)))]
         return dots[cookie:]
 
     async def releasedir(self, fh: int) -> None:

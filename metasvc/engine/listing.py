@@ -66,12 +66,7 @@ class Listing:
         first = 0 if after is None else bisect_right(names, after)
         wanted = names[first : first + limit]
 
-        def rule(tx: Tx) -> list[Entry]:
-            dentries = [dentry for name in wanted if (dentry := tx.dentry(ino, name)) is not None]
-            tx.require([(INODE, dentry.ino) for dentry in dentries])
-            return [Entry(dentry.name, tx.inode(dentry.ino)) for dentry in dentries]
-
-        entries = await engine.run(rule)
+        entries = await engine.run(Tx.entries, ino, wanted)
         return DirPage(entries, first + limit >= len(names))
 
     async def expect(self, parent: Ino, name: bytes) -> None:

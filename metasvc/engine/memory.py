@@ -54,11 +54,13 @@ class NeedRows(Exception):
 class Group:
     """The cached members of one group of a grouped table."""
 
-    __slots__ = ("complete", "rows")
+    __slots__ = ("complete", "rows", "scanned_to")
 
     def __init__(self, *, complete: bool) -> None:
         self.rows: dict[Any, Row | None] = {}
         self.complete = complete
+        self.scanned_to: Any = None
+        """No member up to this one is missing here, because scans from the first on came so far."""
 
 
 class _Flat:
@@ -143,6 +145,11 @@ class Rows:
         if table.grouped and table in _OF_INODE and self.is_fresh(key[0]):
             return None
         return _ABSENT
+
+    def get_all(self, table: Table, keys: list[Any]) -> list[Any]:
+        """Return what get() returns for each key of a table that is not grouped."""
+        young = self._flat[table].young
+        return [row if (row := young.get(key, _ABSENT)) is not _ABSENT else self.get(table, key) for key in keys]
 
     def group(self, table: Table, group: int) -> Mapping[Any, Row | None] | None:
         """Return all members of a group (None values are absent ones), or None if memory has not all of them."""
@@ -280,34 +287,56 @@ class Rows:
 
         What changed since the scan began is merged: pinned rows are laid over the page's range of names.
         """
+        self.loads_total += 1
         read = self._begin_read()
         try:
             page = await self._store.scan_dir(parent, after=after, limit=limit)
             end = len(page) < limit
-            last = page[-1][0].name if page else None
-            merged: dict[bytes, tuple[Dentry, Inode | None]] = {}
-            for dentry, inode in page:
-                merged[dentry.name] = (dentry, inode)
-                self.install(DENTRY, (parent, dentry.name), dentry)
-                if inode is not None:
-                    self.install(INODE, inode.ino, inode)
-            pinned = self._pinned[DENTRY]
-            for name in self._pinned_groups[DENTRY].get(parent, ()):
-                if (after is not None and name <= after) or (not end and last is not None and name > last):
-                    continue
-                row: Any = pinned[(parent, name)][0]
-                if row is None:
-                    merged.pop(name, None)
-                else:
-                    merged[name] = (row, None)
+            self._install_page(parent, page, after=after, end=end)
+            changed = [
+                name
+                for name in self._pinned_groups[DENTRY].get(parent, ())
+                if (after is None or name > after) and (end or name <= page[-1][0].name)
+            ]
+            if changed:
+                page = self._merged(parent, page, changed)
+            # Before the read ends: it may be the one for whose sake a row is still pinned, and nowhere else in memory.
+            return [(dentry, self.get(INODE, dentry.ino)) for dentry, _ in page], end
         finally:
             self._end_read(read)
-        result = []
-        for name in sorted(merged):
-            dentry, inode = merged[name]
-            newest = self.get(INODE, dentry.ino)
-            result.append((dentry, inode if newest is _ABSENT else newest))
-        return result, end
+
+    def _merged(
+        self, parent: int, page: list[tuple[Dentry, Inode | None]], changed: list[bytes]
+    ) -> list[tuple[Dentry, Inode | None]]:
+        """Lay pinned changes of names over a page of a directory."""
+        merged = {found[0].name: found for found in page}
+        for name in changed:
+            dentry: Any = self._pinned[DENTRY][(parent, name)][0]
+            if dentry is None:
+                merged.pop(name, None)
+            else:
+                merged[name] = (dentry, None)
+        return [merged[name] for name in sorted(merged)]
+
+    def _install_page(
+        self, parent: int, page: list[tuple[Dentry, Inode | None]], *, after: bytes | None, end: bool
+    ) -> None:
+        """Do what install() does for all rows of a page. Pages from the first to the last make a complete group."""
+        inodes, pinned = self._flat[INODE], self._pinned[INODE]
+        young = inodes.young
+        for dentry, inode in page:
+            ino = dentry.ino
+            if ino not in young and ino not in pinned and (not inodes.old or inodes.get(ino) is _ABSENT):
+                young[ino] = inode
+                self._young_bytes += ROW_COST_BYTES
+        dentries: list[Row] = [dentry for dentry, _ in page]
+        group = self._install_members(DENTRY, parent, dentries)
+        if not group.complete and (after is None or (group.scanned_to is not None and after <= group.scanned_to)):
+            # What changed since an earlier page was read is in the group already: apply() writes it there.
+            if end:
+                self._complete(DENTRY, parent, group)
+            elif page and (group.scanned_to is None or page[-1][0].name > group.scanned_to):
+                group.scanned_to = page[-1][0].name
 
     def _begin_read(self) -> int:
         number = self._next_read
@@ -338,19 +367,29 @@ class Rows:
                 self._young_bytes += ROW_COST_BYTES + (len(row[-1]) if row and isinstance(row[-1], bytes) else 0)
 
     def _install_group(self, table: Table, number: int, rows: list[Row]) -> None:
+        group = self._install_members(table, number, rows)
+        if not group.complete:
+            self._complete(table, number, group)
+
+    def _install_members(self, table: Table, number: int, rows: list[Row]) -> Group:
+        """Do what install() does for rows of one group."""
         cache = self._grouped[table]
         group = cache.get(number)
         if group is None:
             group = cache.young[number] = Group(complete=False)
-        if group.complete:
-            return
+        if not group.complete:
+            have = group.rows
+            pinned = self._pinned[table]
+            for row in rows:
+                if row[1] not in have and row[:2] not in pinned:
+                    have[row[1]] = row
+                    self._young_bytes += ROW_COST_BYTES
+        return group
+
+    def _complete(self, table: Table, number: int, group: Group) -> None:
+        """Make a group complete whose members were all installed: what is pinned belongs to it, absences go."""
         have = group.rows
         pinned = self._pinned[table]
-        for row in rows:
-            key = row[:2]
-            if row[1] not in have and key not in pinned:
-                have[row[1]] = row
-                self._young_bytes += ROW_COST_BYTES
         for member in self._pinned_groups[table].get(number, ()):
             have[member] = pinned[(number, member)][0]
         for member in [m for m, row in have.items() if row is None]:

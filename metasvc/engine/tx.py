@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Protocol, cast
 
 from metasvc.engine.memory import ABSENT, NeedRows, Rows
 from metasvc.errors import FsError
-from metasvc.model import Chunk, Counter, Dentry, Ino, Inode, Link, Quota, SessionId, Slice, VolumeFormat, Xattr
+from metasvc.model import Chunk, Counter, Dentry, Entry, Ino, Inode, Link, Quota, SessionId, Slice, VolumeFormat, Xattr
 from metasvc.store.tables import COUNTER, DENTRY, INODE, QUOTA, SLICE, Key, Row, Table
 
 
@@ -117,6 +117,29 @@ class Tx:
     def dentry(self, parent: Ino, name: bytes) -> Dentry | None:
         """Return a dentry or None."""
         return cast("Dentry | None", self.get(DENTRY, (parent, name)))
+
+    def entries(self, parent: Ino, names: list[bytes]) -> list[Entry]:
+        """Return those of the names that a directory has, with their inodes. For rules that change nothing.
+
+        What dentry() and inode() would return one by one, in a third of the time.
+        """
+        rows = self.rows
+        members = rows.group(DENTRY, parent)
+        if members is None:
+            raise NeedRows([], [(DENTRY, parent)])
+        dentries: list[Any] = [dentry for name in names if (dentry := members.get(name)) is not None]
+        inodes = rows.get_all(INODE, [dentry.ino for dentry in dentries])
+        missing = [(INODE, dentry.ino) for dentry, inode in zip(dentries, inodes, strict=True) if inode is ABSENT]
+        if missing:
+            raise NeedRows(missing, [])
+        if rows.has_pins:
+            for dentry in dentries:
+                for batch in (
+                    rows.pinned_batch(DENTRY, (parent, dentry.name)),
+                    rows.pinned_batch(INODE, dentry.ino),
+                ):
+                    self.read_batch = max(self.read_batch, batch)
+        return [Entry(dentry.name, inode) for dentry, inode in zip(dentries, inodes, strict=True) if inode is not None]
 
     def slice(self, slice_id: int) -> Slice | None:
         """Return a slice or None."""

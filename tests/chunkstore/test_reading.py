@@ -273,5 +273,6 @@ async def test_a_read_of_bytes_in_the_page_cache_needs_no_task_switch(tmp_path: 
             assert store.try_read(info, 10, 20) is None, "not open yet"
             await store.read(info, 10, 20)
             assert store.try_read(info, 10, 20) == DATA[10:20]
+            await store.read(info, 0, info.length)
             assert store.try_read(info, 0, info.length) == DATA[: info.length]
         assert store.try_read(SliceInfo(SliceId(99), 10, bytes(16)), 0, 10) is None

@@ -44,8 +44,8 @@ async def read_all(reader: DirectoryReader, *, step: int = 3) -> list[bytes]:
     seen: list[bytes] = []
     cookie = 0
     while found := (await reader.entries(cookie))[:step]:
-        seen += [positioned.entry.name for positioned in found]
-        cookie = found[-1].cookie
+        seen += [entry.name for _, entry in found]
+        cookie = found[-1][0]
     return seen
 
 
@@ -70,8 +70,8 @@ def test_names_that_stay_are_read_exactly_once_whatever_comes_and_goes(
         seen: list[bytes] = []
         cookie = calls = 0
         while found := (await reader.entries(cookie))[:2]:
-            seen += [positioned.entry.name for positioned in found]
-            cookie = found[-1].cookie
+            seen += [entry.name for _, entry in found]
+            cookie = found[-1][0]
             calls += 1
             if calls == moment:
                 directory.become(stay | come)
@@ -93,12 +93,12 @@ def test_a_name_is_not_handed_out_after_it_was_removed(there: set[bytes], go: se
             found = (await reader.entries(cookie))[:2]
             if not found:
                 return []
-            cookie = found[-1].cookie
+            cookie = found[-1][0]
         directory.become(there - go)
         late: list[bytes] = []
         while found := (await reader.entries(cookie))[:2]:
-            late += [positioned.entry.name for positioned in found]
-            cookie = found[-1].cookie
+            late += [entry.name for _, entry in found]
+            cookie = found[-1][0]
         return late
 
     assert not go & set(asyncio.run(scenario()))
@@ -117,8 +117,8 @@ def test_any_cookie_leads_back_to_the_names_behind_it(there: set[bytes], go: set
         seen: list[bytes] = []
         cookie = position + DOT_ENTRIES
         while found := await reader.entries(cookie):
-            seen += [positioned.entry.name for positioned in found]
-            cookie = found[-1].cookie
+            seen += [entry.name for _, entry in found]
+            cookie = found[-1][0]
         assert seen == left
 
     asyncio.run(scenario())

@@ -245,8 +245,8 @@ class VfsTree:
         entries: list[tuple[bytes, int]] = []
         cookie = 0
         while page := await self.vfs.readdir(fh, cookie):
-            entries += [(at.entry.name, stat.S_IFMT(at.entry.inode.mode)) for at in page]
-            cookie = page[-1].cookie
+            entries += [(entry.name, stat.S_IFMT(entry.inode.mode)) for _, entry in page]
+            cookie = page[-1][0]
         await self.vfs.releasedir(fh)
         assert [name for name, _ in entries[:2]] == [b".", b".."]
         return sorted(entries[2:])

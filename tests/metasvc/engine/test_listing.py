@@ -1,0 +1,117 @@
+"""Listing in pages while names come and go: what was scanned becomes known as a whole, and must be right."""
+
+from __future__ import annotations
+
+import asyncio
+import errno as E
+import random
+import stat
+
+import pytest
+
+from metasvc.engine.memory import ROW_COST_BYTES, Rows
+from metasvc.errors import FsError
+from metasvc.model import ROOT_INO, Dentry, Ino
+from metasvc.store.memory import MemoryStore
+from metasvc.store.tables import DENTRY, INODE
+from tests.metasvc.engine.volumes import ROOT, Opened, format_volume, opened
+from tests.metasvc.store.faulty import Faults, FaultyStore
+
+NAMES = [b"%03d" % number for number in range(60)]
+
+
+async def _list(volume: Opened, *, limit: int) -> list[bytes]:
+    names: list[bytes] = []
+    while True:
+        page = await volume.meta.readdir(ROOT_INO, after=names[-1] if names else None, limit=limit)
+        names += [entry.name for entry in page.entries]
+        assert [entry.inode.ino for entry in page.entries].count(0) == 0
+        if page.end or not page.entries:
+            return names
+
+
+async def _change(volume: Opened, rand: random.Random, mine: list[bytes], there: set[bytes]) -> None:
+    """Create and remove names that no other task touches; `there` is what must be there afterwards."""
+    for _ in range(80):
+        name = rand.choice(mine)
+        if name in there:
+            await volume.meta.unlink(ROOT, ROOT_INO, name)
+            there.discard(name)
+        else:
+            made = await volume.meta.create(ROOT, ROOT_INO, name, mode=0o600, exclusive=True)
+            await volume.meta.release(made.inode.ino)
+            there.add(name)
+
+
+@pytest.mark.parametrize("seed", range(24))
+async def test_a_directory_scanned_page_by_page_while_it_changes_is_known_as_it_is(seed: int) -> None:
+    rand = random.Random(seed)
+    volume_store = await format_volume(FaultyStore(MemoryStore(), Faults(seed=seed, max_yields=6)))
+    there: set[bytes] = set()
+    always = NAMES[::3]
+    async with opened(volume_store) as volume:
+        for name in always:
+            made = await volume.meta.create(ROOT, ROOT_INO, name, mode=0o600, exclusive=True)
+            await volume.meta.release(made.inode.ino)
+    # Opened again: nothing is in memory, every page comes from the store, slowly. Little memory forgets in between.
+    async with opened(volume_store, memory_bytes=rand.choice([5_000, 30_000, 50_000_000])) as volume:
+        changing = [name for name in NAMES if name not in always]
+
+        async def list_again_and_again() -> None:
+            for _ in range(12):
+                # As seekdir(3) and lookups of neighbours do: pages from the middle make no directory complete.
+                await volume.meta.readdir(ROOT_INO, after=rand.choice(NAMES), limit=100)
+                seen = await _list(volume, limit=rand.choice([2, 3, 7, 100]))
+                assert seen == sorted(set(seen))
+                assert set(always) <= set(seen), "names that are there all the time are listed"
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_change(volume, random.Random(seed + 100), changing[::2], there))
+            group.create_task(_change(volume, random.Random(seed + 200), changing[1::2], there))
+            group.create_task(list_again_and_again())
+        assert await _list(volume, limit=7) == sorted({*always, *there})
+        for name in NAMES:
+            if name in there or name in always:
+                await volume.meta.lookup(ROOT_INO, name)
+            else:
+                with pytest.raises(FsError) as caught:
+                    await volume.meta.lookup(ROOT_INO, name)
+                assert caught.value.errno == E.ENOENT
+    async with opened(volume_store) as volume:
+        assert await _list(volume, limit=5) == sorted({*always, *there})
+
+
+async def test_the_second_listing_needs_no_store_however_many_pages_the_first_had() -> None:
+    volume_store = await format_volume(MemoryStore())
+    async with opened(volume_store) as volume:
+        for name in NAMES:
+            made = await volume.meta.create(ROOT, ROOT_INO, name, mode=0o600, exclusive=True)
+            await volume.meta.release(made.inode.ino)
+    async with opened(volume_store) as volume:
+        assert await _list(volume, limit=7) == NAMES
+        rows = volume.engine.rows
+        assert rows.group(DENTRY, ROOT_INO) is not None
+        loads = rows.loads_total
+        assert await _list(volume, limit=7) == NAMES
+        assert rows.loads_total == loads
+
+
+async def test_a_change_that_only_its_pin_remembers_belongs_to_a_directory_that_was_scanned() -> None:
+    volume_store = await format_volume(MemoryStore())
+    async with opened(volume_store) as volume:
+        for name in (b"kept", b"removed"):
+            made = await volume.meta.create(ROOT, ROOT_INO, name, mode=0o600, exclusive=True)
+            await volume.meta.release(made.inode.ino)
+    rows = Rows(volume_store, limit_bytes=10 * ROW_COST_BYTES)
+    added = Dentry(ROOT_INO, b"added", made.inode.ino, stat.S_IFREG)
+    rows.apply({DENTRY: {(ROOT_INO, b"added"): added, (ROOT_INO, b"removed"): None}}, 1)
+    before = rows.evicted_generations_total
+    for number in range(100, 130):
+        rows.apply({INODE: {Ino(number): made.inode._replace(ino=Ino(number))}}, 1)
+    assert rows.evicted_generations_total >= before + 2, "the directory is not in the cache any more"
+    found, end = await rows.scan_dir(ROOT_INO, after=None, limit=10)
+    assert end
+    assert [dentry.name for dentry, _ in found] == [b"added", b"kept"]
+    group = rows.group(DENTRY, ROOT_INO)
+    assert group is not None
+    assert sorted(group) == [b"added", b"kept"]

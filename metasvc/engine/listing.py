@@ -3,10 +3,11 @@
 What it owns: the sorted names of a few directories, and how often lookups missed memory per directory. Both
 are hints: losing them costs time only.
 
-A job start looks up, stats and opens thousands of names in a directory one after the other. Each that is not
-in memory would cost trips to the store (60 to 100 us each in a thread, a round trip to a database later); the
-second miss in a directory therefore loads a page of it at once: names, inodes, and for opens the chunk rows
-and slices of the files whose inode numbers follow.
+A job start looks up, stats and opens thousands of names in a directory one after the other, in order or at
+random. Each that is not in memory would cost trips to the store (60 to 100 us each in a thread, a round trip
+to a database later). The second miss in a directory therefore loads neighbours: all names and inodes of a
+directory of up to a thousand, else a page that grows with its use; and for opens the maps and inline bytes of
+files whose inode numbers are near. What that may cost in vain is bounded: 5 ms for the names, 1.5 ms for maps.
 """
 
 from __future__ import annotations
@@ -23,17 +24,23 @@ from metasvc.store.tables import CHUNK, DENTRY, INODE, SLICE
 NEIGHBOURS_MIN = 8
 NEIGHBOURS_MAX = 1000
 """Names loaded at the second and later misses in a directory (SQLite: 2.5 ms for a thousand)."""
+PAGES_AFTER_MISSES = 32
+"""So many misses in a larger directory cost what a full page does; after them each miss loads one."""
 CONTENT_NEIGHBOURS = 64
 """Files whose maps (and inline bytes, up to 32 KiB each) are loaded at the second open that missed."""
+CONTENT_MAX_BYTES = 16 * 1024 * 1024
+"""Inline bytes of a directory up to which files near the one that is opened will be in memory when their turn comes."""
 SORTED_DIRECTORIES = 16
 
 
 @dataclass(slots=True)
 class _Habit:
-    """How lookups go in one directory."""
+    """How lookups and opens go in one directory."""
 
     limit: int = NEIGHBOURS_MIN
     hits: int = 0
+    misses: int = 0
+    opens_missed: int = 0
 
 
 class Listing:
@@ -83,12 +90,18 @@ class Listing:
                 habit.hits += 1
             return
         if habit is None:
-            while len(self._habits) >= 1024:
-                del self._habits[next(iter(self._habits))]
-            self._habits[parent] = _Habit()
+            self._habit(parent)
             return
-        used = habit.hits * 2 >= habit.limit
-        habit.limit = min(NEIGHBOURS_MAX, habit.limit * 4) if used else max(NEIGHBOURS_MIN, habit.limit // 4)
+        directory = rows.get(INODE, parent)
+        if directory is not ABSENT and directory is not None and directory.size_bytes <= NEIGHBOURS_MAX:
+            await rows.scan_dir(parent, after=None, limit=NEIGHBOURS_MAX + 1)
+            return
+        habit.misses += 1
+        if habit.misses > PAGES_AFTER_MISSES:
+            habit.limit = NEIGHBOURS_MAX
+        else:
+            used = habit.hits * 2 >= habit.limit
+            habit.limit = min(NEIGHBOURS_MAX, habit.limit * 4) if used else max(NEIGHBOURS_MIN, habit.limit // 4)
         habit.hits = 0
         # The page begins at the name that is wanted: whoever goes through names in order finds the next ones.
         before = name[:-1] + bytes([name[-1] - 1]) + b"\xff" if name and name[-1] else None
@@ -96,13 +109,27 @@ class Listing:
         if rows.get(DENTRY, (parent, name)) is ABSENT and (end or (found and found[-1][0].name > name)):
             rows.install(DENTRY, (parent, name), None)
 
+    def _habit(self, parent: Ino) -> _Habit:
+        habit = self._habits.get(parent)
+        if habit is None:
+            while len(self._habits) >= 1024:
+                del self._habits[next(iter(self._habits))]
+            habit = self._habits[parent] = _Habit()
+        return habit
+
     async def expect_content(self, ino: Ino) -> None:
-        """Before an open: load maps of following inodes if opens go through them in order."""
+        """Before an open: load maps of files near by, if opens go through them in order or keep missing memory."""
         rows = self._engine.rows
         last, self._opened_last = self._opened_last, ino
-        if rows.get(CHUNK, (ino, 0)) is not ABSENT or not 0 < ino - last <= CONTENT_NEIGHBOURS:
+        if rows.get(CHUNK, (ino, 0)) is not ABSENT:
             return
-        inos = range(ino, ino + CONTENT_NEIGHBOURS)
+        if 0 < ino - last <= CONTENT_NEIGHBOURS:
+            first = ino
+        elif self._opens_keep_missing(ino):
+            first = Ino(ino - ino % CONTENT_NEIGHBOURS)
+        else:
+            return
+        inos = range(first, first + CONTENT_NEIGHBOURS)
         await rows.fetch([(CHUNK, (number, 0)) for number in inos if rows.get(CHUNK, (number, 0)) is ABSENT], [])
         refs: list[SliceRef] = []
         for number in inos:
@@ -110,3 +137,16 @@ class Listing:
             if chunk is not ABSENT and chunk is not None:
                 refs += unpack_refs(chunk.refs)[:4]
         await rows.fetch([(SLICE, ref.slice_id) for ref in refs if rows.get(SLICE, ref.slice_id) is ABSENT], [])
+
+    def _opens_keep_missing(self, ino: Ino) -> bool:
+        """Note an open that missed memory; return whether to load what is near, although opens go in no order."""
+        rows = self._engine.rows
+        inode = rows.get(INODE, ino)
+        directory = rows.get(INODE, inode.parent) if inode is not ABSENT and inode is not None else None
+        if directory is ABSENT or directory is None or not directory.is_dir:
+            return False
+        habit = self._habit(directory.ino)
+        habit.opens_missed += 1
+        count, inline_limit = max(1, directory.size_bytes), self._engine.format.inline_limit_bytes
+        inline_bytes = directory.child_bytes if directory.child_bytes <= count * inline_limit else 0
+        return habit.opens_missed > 1 and inline_bytes <= CONTENT_MAX_BYTES

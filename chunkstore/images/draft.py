@@ -25,7 +25,7 @@ from chunkstore.model import SliceInfo
 T = TypeVar("T")
 
 # Whole blocks of big files go to the disk at once and leave the page cache: the kernel keeps a copy of what was just written as
-# pages of the mounted file anyway (docs/adr/0013).
+# pages of the mounted file anyway (ADR 0013).
 _WRITE_THROUGH_BYTES: Final = MIB
 
 

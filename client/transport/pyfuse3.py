@@ -70,9 +70,10 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = True
 
-    def __init__(self, vfs: Vfs, *, on_init: Callable[[], None], log: Any) -> None:
-        """Take the vfs; `on_init` is called when the kernel has said hello."""
+    def __init__(self, vfs: Vfs, *, loop: EventLoop, on_init: Callable[[], None], log: Any) -> None:
+        """Take the vfs; `loop` is told what is in work, `on_init` is called when the kernel has said hello."""
         self._vfs = vfs
+        self._loop = loop
         self._log = log
         self._on_init = on_init
         self._entry_timeout_s = vfs.options.entry_timeout_s
@@ -94,10 +95,12 @@ class Operations(pyfuse3.Operations):
         metrics = self._vfs.metrics.operation(operation)
         bits = metrics.bits
         readers = self._vfs.access_log.readers
+        loop = self._loop
 
         async def handler(*args: Any) -> Any:
             started_ns = perf_counter_ns()
             errno = 0
+            loop.requests_in_work += 1
             try:
                 return await method(*args)
             except Exception as error:  # noqa: BLE001 - an edge: whatever it is, the kernel gets an answer
@@ -105,6 +108,7 @@ class Operations(pyfuse3.Operations):
                 metrics.errors += 1
                 raise pyfuse3.FUSEError(errno) from None
             finally:
+                loop.requests_in_work -= 1
                 duration_ns = perf_counter_ns() - started_ns
                 bits[duration_ns.bit_length()] += 1
                 metrics.total_ns += duration_ns
@@ -410,7 +414,7 @@ class Pyfuse3Transport:
             # Not before the answer is sent: with it the kernel sets the limits itself.
             loop.call_soon(self._greeted, ready)
 
-        operations = Operations(self._vfs, on_init=greeted, log=self._log)
+        operations = Operations(self._vfs, loop=self._loop, on_init=greeted, log=self._log)
         pyfuse3.trio = self._loop  # type: ignore[attr-defined]
         try:
             pyfuse3.init(operations, self._mountpoint, self._mount_options())

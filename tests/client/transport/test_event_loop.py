@@ -168,3 +168,71 @@ def test_who_gives_the_lock_back_may_take_it_again_before_the_others(run: Run) -
         assert order == ["same", "other"]
 
     run(scenario())
+
+
+class CountingPoll:
+    """A poll object that counts how often the kernel was asked."""
+
+    def __init__(self, loop: EventLoop) -> None:
+        self._poll = loop._poll
+        self.asked = 0
+        loop._poll = self  # type: ignore[assignment]
+
+    def register(self, descriptor: int, events: int) -> None:
+        self._poll.register(descriptor, events)
+
+    def poll(self, timeout: int) -> list[tuple[int, int]]:
+        self.asked += 1
+        return self._poll.poll(timeout)
+
+
+async def _receive_late(loop: EventLoop, pair: Pair) -> None:
+    """Wait for a request that comes only when the waiting task sleeps."""
+    ours, theirs = pair
+    waiting = asyncio.ensure_future(loop.wait_readable(ours.fileno()))
+    await asyncio.sleep(0)
+    theirs.send(b"x")
+    await waiting
+    ours.recv(1)
+
+
+def test_the_kernel_is_asked_again_before_sleeping_unless_that_was_in_vain_or_requests_are_in_work(
+    run: Run, pair: Pair
+) -> None:
+    async def scenario() -> None:
+        loop = EventLoop()
+        poll = CountingPoll(loop)
+        loop.requests_in_work = 1
+        await _receive_late(loop, pair)
+        assert poll.asked == 1, "the CPU is needed elsewhere"
+        loop.requests_in_work = 0
+        asked: list[int] = []
+        for _ in range(20):
+            before = poll.asked
+            await _receive_late(loop, pair)
+            asked.append(poll.asked - before)
+        spins = [times > 1 for times in asked]
+        assert spins[:4] == [True] * 4
+        assert spins[4:].count(True) == 1, "what brings nothing is tried now and then only"
+        loop.stop_reading()
+
+    run(scenario())
+
+
+def test_a_request_that_comes_while_the_kernel_is_asked_needs_no_sleep(run: Run, pair: Pair) -> None:
+    async def scenario() -> None:
+        ours, theirs = pair
+        loop = EventLoop()
+
+        class Answering(CountingPoll):
+            def poll(self, timeout: int) -> list[tuple[int, int]]:
+                if self.asked == 1:
+                    theirs.send(b"x")
+                return super().poll(timeout)
+
+        poll = Answering(loop)
+        await loop.wait_readable(ours.fileno())
+        assert poll.asked == 2
+        assert ours.recv(1) == b"x"
+
+    run(scenario())

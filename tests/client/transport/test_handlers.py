@@ -13,6 +13,7 @@ import structlog
 from structlog.testing import capture_logs
 
 from chunkstore.errors import AtollError, BucketDenied
+from client.transport.event_loop import EventLoop
 from client.transport.pyfuse3 import _HANDLERS, Operations, _escaped, _Option
 from client.vfs.vfs import Vfs
 from metasvc.errors import FsError
@@ -32,7 +33,7 @@ class Broken(Vfs):
 def operations_on(volume: VfsVolume, error: BaseException) -> Operations:
     vfs = Broken(volume.meta, volume.chunks, log=structlog.get_logger())
     vfs.error = error
-    return Operations(vfs, on_init=lambda: None, log=structlog.get_logger())
+    return Operations(vfs, loop=EventLoop(), on_init=lambda: None, log=structlog.get_logger())
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_every_error_is_answered_with_an_errno_and_logged_once_if_it_is_not_expe
 def test_a_name_that_is_not_there_is_an_answer_that_a_kernel_may_keep(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with Place(tmp_path).opened() as volume:
-            operations = Operations(volume.vfs, on_init=lambda: None, log=structlog.get_logger())
+            operations = Operations(volume.vfs, loop=EventLoop(), on_init=lambda: None, log=structlog.get_logger())
             absent: Any = await operations.lookup(1, b"none", None)  # type: ignore[arg-type]
             assert absent.st_ino == 0
             assert absent.entry_timeout == volume.vfs.options.negative_timeout_s

@@ -46,7 +46,7 @@ _POSITIONS_KEPT: Final = 4096
 # Decoding so little on the event loop costs less than the hop to a thread: 16 us of BLAKE3, 60 us of zstd at worst.
 _DECODE_HERE_BYTES: Final = 64 * KIB
 # Prefetches leave the rest of the memory to readers that wait.
-_PREFETCH_SHARE: Final = 0.5
+_PREFETCH_SHARE: Final = 0.75
 _LOOKS: Final = 4
 
 Key = tuple[SliceId, int]
@@ -243,31 +243,35 @@ class SliceReader:
             await asyncio.shield(fetch.settled)
         raise BucketUnavailable(f"slice {info.slice_id}: block {block_index} was fetched and lost {_LOOKS} times")
 
-    def prefetch(self, info: SliceInfo, start: int, end: int) -> None:
-        """Start fetching blocks, as far as memory allows; load what images have into the page cache."""
+    def prefetch(self, info: SliceInfo, start: int, end: int) -> int:
+        """Start fetching blocks, as far as memory allows; load what images have into the page cache. Return how far it came."""
         for piece in blocks_of_range(start, min(end, info.length), self._block_bytes):
             base = piece.block_index * self._block_bytes
-            self._prefetch_block(info, piece.block_index, of_memory=_PREFETCH_SHARE)
+            if not self._prefetch_block(info, piece.block_index, of_memory=_PREFETCH_SHARE):
+                return base + piece.start
             self._cache.read_ahead(info.slice_id, base + piece.start, base + piece.end)
+        return end
 
-    def _prefetch_block(self, info: SliceInfo, block_index: int, *, of_memory: float) -> None:
+    def _prefetch_block(self, info: SliceInfo, block_index: int, *, of_memory: float) -> bool:
+        """Start fetching a block unless that is needless; False where there is no room for it."""
         key = info.slice_id, block_index
         if key in self._fetches or key in self._parked:
-            return
+            return True
         layout = Layout(info.length, self._block_bytes)
         if not self._cache.absent_frames(info, layout.frames_of_block(block_index)):
-            return
+            return True
         if self._cache.may_have(info.slice_id) and self._cache.opened.get(info.slice_id) is None:
             # It lies on the disk but is not open, so nothing is known of its frames: the reader will open it.
-            return
+            return True
         raw_length = layout.block_length(block_index)
         self._make_room(raw_length, of_limit=of_memory)
         if len(self._fetches) >= self._config.max_fetches or not self.memory.try_acquire(
             raw_length, of_limit=of_memory
         ):
             self.counters.prefetch_dropped += 1
-            return
+            return False
         self._start(info, block_index, frames=None, is_charged=True)
+        return True
 
     def forget(self, slice_ids: Iterable[SliceId]) -> None:
         """Keep nothing of what is being fetched of these slices."""

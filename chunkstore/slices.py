@@ -183,9 +183,12 @@ class ChunkStore:
         """
         return await self._reader.read(info, start, end)
 
-    def prefetch(self, info: SliceInfo, start: int, end: int) -> None:
-        """Start fetching a range in the background; dropped silently when memory for it is short. Never raises."""
-        self._reader.prefetch(info, start, end)
+    def prefetch(self, info: SliceInfo, start: int, end: int) -> int:
+        """Start fetching a range in the background, as far as there is memory for it. Never waits, never raises.
+
+        Return where it stopped: `end`, or the offset from which on to ask again later.
+        """
+        return self._reader.prefetch(info, start, end)
 
     async def delete(self, slice_id: SliceId, length: int) -> None:
         """Delete the objects and the image of a slice that no map names any more. Idempotent. Errors of the bucket."""

@@ -44,6 +44,8 @@ from chunkstore.geometry import Buffer
 
 T = TypeVar("T")
 
+# Blocks so long are kept by who asked for them, and would lie in the page cache a second time (docs/adr/0013).
+_READ_ONCE_BYTES: Final = 1 << 20
 # Far longer than any put may take.
 LEFTOVER_AGE_S: Final = 3600
 _READERS: Final = 8
@@ -227,6 +229,8 @@ class DirectoryStore:
             if wanted <= 0:
                 return b""
             data = os.pread(descriptor, wanted, start)
+            if wanted >= _READ_ONCE_BYTES:
+                os.posix_fadvise(descriptor, start, wanted, os.POSIX_FADV_DONTNEED)
             if len(data) == wanted:
                 return data
             # The end of the object, or a read that a signal cut short.

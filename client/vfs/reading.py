@@ -166,16 +166,23 @@ class FileReader:
             position = stop
         return file.size
 
-    def prefetch(self, file: Writing, start: int, end: int) -> None:
-        """Start fetching what is committed in a range, where the map is known. Never waits, never raises."""
+    def prefetch(self, file: Writing, start: int, end: int) -> int:
+        """Start fetching what is committed in a range, where the map is known. Never waits, never raises.
+
+        Return the offset up to which it came; short of `end` it is to be asked again, when memory is free.
+        """
         committed = file.committed
         if committed.missing(start, end) is not None:
-            return
+            return end
         for piece in overlay.pieces([committed.refs], start, end):
             if piece.slice_id is not None:
                 source = committed.sources[piece.slice_id]
                 if not isinstance(source, bytes):
-                    self._chunks.prefetch(source, piece.slice_offset, piece.slice_offset + piece.end - piece.start)
+                    past = piece.slice_offset + piece.end - piece.start
+                    reached = self._chunks.prefetch(source, piece.slice_offset, past)
+                    if reached < past:
+                        return piece.start + reached - piece.slice_offset
+        return end
 
 
 class ReadAhead:
@@ -217,3 +224,7 @@ class ReadAhead:
             return None
         self._ahead = past
         return first, past
+
+    def stopped(self, reached: int) -> None:
+        """Note that what was advised was begun only up to an offset: the rest is advised again."""
+        self._ahead = min(self._ahead, reached)

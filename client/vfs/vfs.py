@@ -479,7 +479,7 @@ class Vfs:
         end = offset + size
         advice = handle.read_ahead.advise(offset, end, file.size)
         if advice is not None:
-            self._reader.prefetch(file, *advice)
+            handle.read_ahead.stopped(self._reader.prefetch(file, *advice))
         data = self._reader.try_read(file, offset, end)
         if data is None:
             try:

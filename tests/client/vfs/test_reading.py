@@ -53,6 +53,19 @@ def test_requests_of_one_kernel_read_ahead_may_come_in_any_order() -> None:
     assert covered > 32 * MIB
 
 
+def test_what_was_advised_and_found_no_room_is_advised_again() -> None:
+    ahead = ReadAhead(8 * MIB)
+    begun = 0
+    for start in range(0, 32 * MIB, REQUEST):
+        advice = ahead.advise(start, start + REQUEST, SIZE)
+        if advice is not None:
+            assert advice[0] == max(begun, start + REQUEST), "nothing between what was begun and this"
+            # There is room for a third of what is asked, and now and then for nothing.
+            begun = advice[0] + (advice[1] - advice[0]) // 3 if start // REQUEST % 4 else advice[0]
+            ahead.stopped(begun)
+    assert begun > 32 * MIB
+
+
 def test_random_reading_fetches_nothing_ahead() -> None:
     ahead = ReadAhead(8 * MIB)
     rng = random.Random(1)

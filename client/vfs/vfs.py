@@ -649,7 +649,9 @@ class Vfs:
 
     async def releasedir(self, fh: int) -> None:
         """Forget an open directory."""
-        self._directories.pop(fh, None)
+        handle = self._directories.pop(fh, None)
+        if handle is not None and handle.reader is not None:
+            handle.reader.close()
 
 
 @asynccontextmanager

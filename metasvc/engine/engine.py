@@ -154,13 +154,15 @@ class Engine:
         ``then`` runs in the same stretch in which the changes come into force. ``even_if_held`` is for the one
         who holds back the changes of all others.
         """
-        for _ in range(MAX_RUNS):
+        for attempt in range(MAX_RUNS):
             self._check()
             tx = Tx(self.rows, self, self.clock_ns())
             try:
                 result = rule(tx, *args)
             except NeedRows as need:
                 self.restarts_total += 1
+                if attempt == 0:
+                    self.rows.make_room()
                 await self.rows.fetch(need.keys, need.groups)
                 continue
             except FsError:
@@ -275,7 +277,9 @@ class Engine:
         self._next_slice += count
 
         def take(tx: Tx) -> None:
-            have = tx.counter(NEXT_SLICE)
+            # Read as a row, so that a stride taken a moment ago by another is waited for.
+            row: Counter | None = tx.get(COUNTER, NEXT_SLICE)
+            have = row.value if row else 0
             if first + count > have:
                 tx.count(NEXT_SLICE, max(SLICE_STRIDE, first + count - have))
 

@@ -129,6 +129,7 @@ class Listing:
             first = Ino(ino - ino % CONTENT_NEIGHBOURS)
         else:
             return
+        rows.make_room()
         inos = range(first, first + CONTENT_NEIGHBOURS)
         await rows.fetch([(CHUNK, (number, 0)) for number in inos if rows.get(CHUNK, (number, 0)) is ABSENT], [])
         refs: list[SliceRef] = []

@@ -6,7 +6,7 @@ changes that the store may not show yet. It must not know any rule of POSIX.
 Layers, each current where it has an answer:
 
 - *cached*: two generations per table. A hit in the old generation moves to the young one; when the young
-  one is full the old one is dropped. A grouped table caches whole groups; a *complete* group answers for
+  one is full (half of the limit; looked at when an operation changes or begins to load) the old one is dropped. A grouped table caches whole groups; a *complete* group answers for
   absent members too.
 - *pinned*: rows and tombstones changed by batches that are not durable, or that a load or scan now under
   way might have missed. Pinned rows are never evicted.
@@ -63,14 +63,29 @@ class Group:
         """No member up to this one is missing here, because scans from the first on came so far."""
 
 
+class _Size:
+    """What the young generation of all tables takes, estimated in bytes."""
+
+    __slots__ = ("young_bytes",)
+
+    def __init__(self) -> None:
+        self.young_bytes = 0
+
+
+def _cost_bytes(row: Row | None) -> int:
+    """Estimate what a cached row takes: of slices also the inline bytes."""
+    return ROW_COST_BYTES + (len(row[-1]) if row and isinstance(row[-1], bytes) else 0)
+
+
 class _Flat:
     """Cached rows of one table keyed by one value: two generations."""
 
-    __slots__ = ("old", "young")
+    __slots__ = ("_size", "old", "young")
 
-    def __init__(self) -> None:
+    def __init__(self, size: _Size) -> None:
         self.young: dict[Any, Row | None] = {}
         self.old: dict[Any, Row | None] = {}
+        self._size = size
 
     def get(self, key: Any) -> Any:
         row = self.young.get(key, _ABSENT)
@@ -78,17 +93,19 @@ class _Flat:
             row = self.old.pop(key, _ABSENT)
             if row is not _ABSENT:
                 self.young[key] = row
+                self._size.young_bytes += _cost_bytes(row)
         return row
 
 
 class _Grouped:
     """Cached groups of one table: two generations."""
 
-    __slots__ = ("old", "young")
+    __slots__ = ("_size", "old", "young")
 
-    def __init__(self) -> None:
+    def __init__(self, size: _Size) -> None:
         self.young: dict[int, Group] = {}
         self.old: dict[int, Group] = {}
+        self._size = size
 
     def get(self, group: int) -> Group | None:
         found = self.young.get(group)
@@ -96,6 +113,7 @@ class _Grouped:
             found = self.old.pop(group, None)
             if found is not None:
                 self.young[group] = found
+                self._size.young_bytes += ROW_COST_BYTES * len(found.rows)
         return found
 
 
@@ -105,9 +123,9 @@ class Rows:
     def __init__(self, store: VolumeStore, *, limit_bytes: int) -> None:
         self._store = store
         self._limit_bytes = limit_bytes
-        self._young_bytes = 0
-        self._flat = {table: _Flat() for table in TABLES if not table.grouped}
-        self._grouped = {table: _Grouped() for table in TABLES if table.grouped}
+        self._size = _Size()
+        self._flat = {table: _Flat(self._size) for table in TABLES if not table.grouped}
+        self._grouped = {table: _Grouped(self._size) for table in TABLES if table.grouped}
         # The values are (row or None, number of the batch that changed it).
         self._pinned: dict[Table, dict[Any, tuple[Row | None, int]]] = {table: {} for table in TABLES}
         self._pinned_groups: dict[Table, dict[int, dict[Any, None]]] = {table: {} for table in TABLES if table.grouped}
@@ -198,15 +216,19 @@ class Rows:
                         group.rows.pop(key[1], None)
                     else:
                         group.rows[key[1]] = row
-                        self._young_bytes += ROW_COST_BYTES
+                        self._size.young_bytes += ROW_COST_BYTES
             else:
                 young = self._flat[table]
                 for key, row in rows.items():
                     pinned[key] = (row, batch)
                     young.old.pop(key, None)
                     young.young[key] = row
-                    self._young_bytes += ROW_COST_BYTES + (len(row[-1]) if row and isinstance(row[-1], bytes) else 0)
-        if self._young_bytes > self._limit_bytes // 2:
+                    self._size.young_bytes += _cost_bytes(row)
+        self.make_room()
+
+    def make_room(self) -> None:
+        """Forget what was not used for longest if memory is at its bound. Not between two loads of one operation."""
+        if self._size.young_bytes > self._limit_bytes // 2:
             self._turn_generation()
 
     def mark_durable(self, batch: int, keys: list[tuple[Table, Any]]) -> None:
@@ -232,7 +254,7 @@ class Rows:
                         del self._pinned_groups[table][key[0]]
 
     def _turn_generation(self) -> None:
-        self._young_bytes = 0
+        self._size.young_bytes = 0
         self.evicted_generations_total += 1
         for flat_table, flat in self._flat.items():
             if flat_table not in RESIDENT:
@@ -287,23 +309,27 @@ class Rows:
 
         What changed since the scan began is merged: pinned rows are laid over the page's range of names.
         """
-        self.loads_total += 1
-        read = self._begin_read()
-        try:
-            page = await self._store.scan_dir(parent, after=after, limit=limit)
-            end = len(page) < limit
-            self._install_page(parent, page, after=after, end=end)
-            changed = [
-                name
-                for name in self._pinned_groups[DENTRY].get(parent, ())
-                if (after is None or name > after) and (end or name <= page[-1][0].name)
-            ]
-            if changed:
-                page = self._merged(parent, page, changed)
-            # Before the read ends: it may be the one for whose sake a row is still pinned, and nowhere else in memory.
-            return [(dentry, self.get(INODE, dentry.ino)) for dentry, _ in page], end
-        finally:
-            self._end_read(read)
+        self.make_room()
+        while True:
+            self.loads_total += 1
+            read = self._begin_read()
+            try:
+                page = await self._store.scan_dir(parent, after=after, limit=limit)
+                end = len(page) < limit
+                self._install_page(parent, page, after=after, end=end)
+                changed = [
+                    name
+                    for name in self._pinned_groups[DENTRY].get(parent, ())
+                    if (after is None or name > after) and (end or name <= page[-1][0].name)
+                ]
+                merged = self._merged(parent, page, changed) if changed else page
+                if merged or end:
+                    # Before the read ends: it may be the one for whose sake a row is still pinned, and nowhere else in memory.
+                    return [(dentry, self.get(INODE, dentry.ino)) for dentry, _ in merged], end
+                # All of the page was removed meanwhile: an empty page would look like the last one.
+                after = page[-1][0].name
+            finally:
+                self._end_read(read)
 
     def _merged(
         self, parent: int, page: list[tuple[Dentry, Inode | None]], changed: list[bytes]
@@ -328,13 +354,16 @@ class Rows:
             ino = dentry.ino
             if ino not in young and ino not in pinned and (not inodes.old or inodes.get(ino) is _ABSENT):
                 young[ino] = inode
-                self._young_bytes += ROW_COST_BYTES
+                self._size.young_bytes += ROW_COST_BYTES
         dentries: list[Row] = [dentry for dentry, _ in page]
         group = self._install_members(DENTRY, parent, dentries)
         if not group.complete and (after is None or (group.scanned_to is not None and after <= group.scanned_to)):
             # What changed since an earlier page was read is in the group already: apply() writes it there.
-            if end:
-                self._complete(DENTRY, parent, group)
+            if len(group.rows) > GROUP_MAX_ROWS:
+                # It would not stay, and is not worth sorting after each change.
+                group.scanned_to = None
+            elif end:
+                self._complete(group)
             elif page and (group.scanned_to is None or page[-1][0].name > group.scanned_to):
                 group.scanned_to = page[-1][0].name
 
@@ -359,20 +388,24 @@ class Rows:
                 group = cache.young[key[0]] = Group(complete=False)
             if key[1] not in group.rows and not group.complete:
                 group.rows[key[1]] = row
-                self._young_bytes += ROW_COST_BYTES
+                self._size.young_bytes += ROW_COST_BYTES
         else:
             flat = self._flat[table]
             if flat.get(key) is _ABSENT:
                 flat.young[key] = row
-                self._young_bytes += ROW_COST_BYTES + (len(row[-1]) if row and isinstance(row[-1], bytes) else 0)
+                self._size.young_bytes += _cost_bytes(row)
 
     def _install_group(self, table: Table, number: int, rows: list[Row]) -> None:
         group = self._install_members(table, number, rows)
         if not group.complete:
-            self._complete(table, number, group)
+            self._complete(group)
 
     def _install_members(self, table: Table, number: int, rows: list[Row]) -> Group:
-        """Do what install() does for rows of one group."""
+        """Do what install() does for rows of one group, and remember what is pinned of it.
+
+        The pins may end before the group is complete, and nothing else may know of them: the group may have been dropped
+        after the change.
+        """
         cache = self._grouped[table]
         group = cache.get(number)
         if group is None:
@@ -383,17 +416,15 @@ class Rows:
             for row in rows:
                 if row[1] not in have and row[:2] not in pinned:
                     have[row[1]] = row
-                    self._young_bytes += ROW_COST_BYTES
+                    self._size.young_bytes += ROW_COST_BYTES
+            for member in self._pinned_groups[table].get(number, ()):
+                have[member] = pinned[(number, member)][0]
         return group
 
-    def _complete(self, table: Table, number: int, group: Group) -> None:
-        """Make a group complete whose members were all installed: what is pinned belongs to it, absences go."""
-        have = group.rows
-        pinned = self._pinned[table]
-        for member in self._pinned_groups[table].get(number, ()):
-            have[member] = pinned[(number, member)][0]
-        for member in [m for m, row in have.items() if row is None]:
-            del have[member]
+    def _complete(self, group: Group) -> None:
+        """Make a group complete whose members were all installed: absences go."""
+        for member in [m for m, row in group.rows.items() if row is None]:
+            del group.rows[member]
         group.complete = True
 
     async def load_resident(self) -> None:

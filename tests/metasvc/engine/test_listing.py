@@ -116,3 +116,70 @@ async def test_a_change_that_only_its_pin_remembers_belongs_to_a_directory_that_
     group = rows.group(DENTRY, ROOT_INO)
     assert group is not None
     assert sorted(group) == [b"added", b"kept"]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 10])
+async def test_a_name_whose_commit_ends_between_two_pages_is_not_forgotten(limit: int) -> None:
+    volume_store = await format_volume(MemoryStore())
+    async with opened(volume_store) as volume:
+        for name in (b"a", b"b", b"c"):
+            made = await volume.meta.create(ROOT, ROOT_INO, name, mode=0o600, exclusive=True)
+            await volume.meta.release(made.inode.ino)
+    rows = Rows(volume_store, limit_bytes=10 * ROW_COST_BYTES)
+    # The store has "a" and memory has it changed, in a commit under way; the directory was dropped from the cache since.
+    changed = Dentry(ROOT_INO, b"a", made.inode.ino, stat.S_IFREG)
+    rows.apply({DENTRY: {(ROOT_INO, b"a"): changed}}, 1)
+    for number in range(100, 130):
+        rows.apply({INODE: {Ino(number): made.inode._replace(ino=Ino(number))}}, 2)
+    names: list[bytes] = []
+    end = False
+    while not end:
+        found, end = await rows.scan_dir(ROOT_INO, after=names[-1] if names else None, limit=limit)
+        names += [dentry.name for dentry, _ in found]
+        rows.mark_durable(1, [(DENTRY, (ROOT_INO, b"a"))])
+    assert names == [b"a", b"b", b"c"]
+    group = rows.group(DENTRY, ROOT_INO)
+    assert group is not None
+    assert group[b"a"] == changed
+
+
+async def test_a_page_whose_names_were_all_removed_is_not_the_end() -> None:
+    volume_store = await format_volume(MemoryStore())
+    async with opened(volume_store) as volume:
+        for name in NAMES:
+            made = await volume.meta.create(ROOT, ROOT_INO, name, mode=0o600, exclusive=True)
+            await volume.meta.release(made.inode.ino)
+    rows = Rows(volume_store, limit_bytes=50_000_000)
+    rows.apply({DENTRY: {(ROOT_INO, name): None for name in NAMES[5:25]}}, 1)
+    found, end = await rows.scan_dir(ROOT_INO, after=NAMES[4], limit=10)
+    assert [dentry.name for dentry, _ in found] == NAMES[25:35]
+    assert not end
+
+
+async def test_memory_is_bounded_where_nothing_but_reading_is_done() -> None:
+    volume_store = await format_volume(MemoryStore())
+    async with opened(volume_store) as volume:
+        directories = [
+            (await volume.meta.mkdir(ROOT, ROOT_INO, b"d%d" % number, mode=0o755)).ino for number in range(20)
+        ]
+        for directory in directories:
+            for name in NAMES:
+                made = await volume.meta.create(ROOT, directory, name, mode=0o600, exclusive=True)
+                await volume.meta.release(made.inode.ino)
+    limit_rows = 400
+    async with opened(volume_store, memory_bytes=limit_rows * ROW_COST_BYTES) as volume:
+        rows = volume.engine.rows
+        for _ in range(3):
+            for directory in directories:
+                page = await volume.meta.readdir(directory, after=None, limit=100)
+                for entry in page.entries:
+                    await volume.meta.getattr(entry.inode.ino)
+            for directory in directories[::-1]:
+                for name in NAMES:
+                    await volume.meta.open((await volume.meta.lookup(directory, name)).ino)
+                    await volume.meta.release((await volume.meta.lookup(directory, name)).ino)
+            cached = sum(len(flat.young) + len(flat.old) for flat in rows._flat.values())
+            for grouped in rows._grouped.values():
+                cached += sum(len(group.rows) for group in (*grouped.young.values(), *grouped.old.values()))
+            # What one operation loads may come on top of each generation.
+            assert cached <= limit_rows + 4 * len(NAMES)

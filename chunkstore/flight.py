@@ -144,8 +144,8 @@ class Flight:
         if self.is_discarded:
             raise AtollError(f"slice {self._slice_id} was discarded while it was being sealed")
         for block in self.blocks:
-            if not is_finished(block) and block.error is not None:
-                raise block.error
+            if not is_finished(block):
+                raise block.error or AtollError(f"slice {self._slice_id}: block {block.index} was not stored")
 
     def release(self) -> None:
         """Let go of all memory, when the slice is sealed or discarded and no work is under way."""
@@ -171,7 +171,7 @@ class Flight:
         block.task = self._services.tasks.start(self._process(block), name=name)
 
     async def _process(self, block: Block) -> None:
-        """Bring a block as far as the durability wants. Errors stay with it."""
+        """Bring a block as far as the durability wants. Errors stay with it, bugs and refused memory among them."""
         try:
             if self.is_discarded:
                 return
@@ -180,8 +180,12 @@ class Flight:
                 return
             self.give_up_local()
             await self._upload(block)
-        except (AtollError, OSError) as error:
-            block.error = error
+        except Exception as error:
+            if isinstance(error, AtollError | OSError):
+                block.error = error
+            else:
+                log.exception("slice %d: block %d could not be stored", self._slice_id, block.index)
+                block.error = AtollError(f"slice {self._slice_id}: block {block.index} could not be stored: {error!r}")
             if not self.is_discarded:
                 await self._put_aside(block)
         finally:
@@ -233,6 +237,9 @@ class Flight:
             block.charge_bytes = block.length
         start = block.index * self._block_bytes
         raw = await self.draft.read(start, start + block.length)
+        if not block.digest:
+            # Nothing but the disk vouches for these bytes: what it failed to write back it may have read wrong just now.
+            await self.draft.sync()
         if len(raw) != block.length:
             raise ObjectCorrupt(f"slice {self._slice_id}: block {block.index} was cut short on the cache disk")
         return raw

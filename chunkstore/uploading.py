@@ -213,6 +213,11 @@ class StagedUploads:
                         await self._give_up(staged, error)
                         return
                     await self._pause(staged, error)
+                except Exception as error:
+                    # Given up, it would be forgotten until the next start although only this disk has it.
+                    log.exception("staged slice %d", name.slice_id)
+                    staged.failures += 1
+                    await self._pause(staged, AtollError(repr(error)))
             await self._cache.remove_staged(name)
         finally:
             self._finish(staged)

@@ -219,9 +219,17 @@ class SliceWriter:
         base = index * self._block_bytes
         if (data := self.try_read(base + start, base + end)) is not None:
             return data
+        if self._sealed is not None:
+            # Sealed since the read began: the draft has become the image, or is gone.
+            return await self._services.reader.read(self._sealed.info, base + start, base + end)
         block = self._flight.blocks[index] if index < len(self._flight.blocks) else None
         if block is None or block.in_draft:
-            data = await self._flight.draft.read(base + start, base + end)
+            try:
+                data = await self._flight.draft.read(base + start, base + end)
+            except OSError:
+                if self._sealed is None:
+                    raise
+                return await self._read_block(index, start, end)
             if len(data) == end - start:
                 return data
         if block is not None and block.is_uploaded:
@@ -299,7 +307,7 @@ class SliceWriter:
         await flight.finish(lambda block: block.is_uploaded)
         info = self._info()
         if flight.draft.exists:
-            if all(block.in_draft for block in flight.blocks):
+            if all(block.in_draft for block in flight.blocks) and not flight.draft.is_broken:
                 await flight.draft.publish(info, frame_digests=self._frame_digests())
             else:
                 flight.draft.discard()
@@ -331,7 +339,8 @@ class SliceWriter:
         self._take_last_block()
         flight = self._flight
         await flight.finish(lambda block: block.is_uploaded or bool(block.digest))
-        if not flight.is_local or not all(block.in_draft for block in flight.blocks):
+        if not flight.is_local or flight.draft.is_broken or not all(block.in_draft for block in flight.blocks):
+            flight.give_up_local()
             return None
         info = self._info()
         name = StagedName(self._slice_id, self._length, root_of(info.digests))

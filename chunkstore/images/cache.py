@@ -250,17 +250,22 @@ class ImageCache:
             if (image := self.opened.get(info.slice_id)) is not None:
                 return image
             under_way = self._opening.get(info.slice_id)
-            if under_way is None:
+            # One that is done is not waited for: that takes no turn of the loop, and its callback may not have run yet.
+            if under_way is None or under_way[1].done():
                 work = self._open_by_name(info, may_create=may_create)
                 task = self._tasks.start(work, name=f"open image of slice {info.slice_id}")
                 self._opening[info.slice_id] = info, task
-                task.add_done_callback(lambda _: self._opening.pop(info.slice_id, None))
+                task.add_done_callback(lambda ended: self._forget_opening(info.slice_id, ended))
                 return await asyncio.shield(task)
             image = await asyncio.shield(under_way[1])
             if image is not None or not may_create:
                 return image
             # What was under way may have been an opening that found nothing.
             may_create = self.is_writable
+
+    def _forget_opening(self, slice_id: SliceId, ended: asyncio.Task[Image | None]) -> None:
+        if (under_way := self._opening.get(slice_id)) is not None and under_way[1] is ended:
+            del self._opening[slice_id]
 
     async def _open_by_name(self, info: SliceInfo, *, may_create: bool) -> Image | None:
         slice_id = info.slice_id

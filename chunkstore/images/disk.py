@@ -35,6 +35,10 @@ class Disk:
         """Open a file, readable by its owner only."""
         return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
+    def duplicate(self, descriptor: int) -> int:
+        """Return a second descriptor of an open file."""
+        return os.dup(descriptor)
+
     def close(self, descriptor: int) -> None:
         """Close a descriptor."""
         os.close(descriptor)
@@ -63,7 +67,7 @@ class Disk:
         was_cached = self.try_pread(descriptor, bytearray(1), offset) == 1
         data = self.pread(descriptor, size_bytes, offset)
         if not was_cached:
-            os.posix_fadvise(descriptor, offset, size_bytes, os.POSIX_FADV_DONTNEED)
+            self.drop_pages(descriptor, offset, size_bytes)
         return data
 
     def will_need(self, descriptor: int, offset: int, size_bytes: int) -> None:
@@ -80,11 +84,9 @@ class Disk:
                 raise OSError(errno.EIO, "write of 0 bytes")
             written += step
 
-    def pwrite_through(self, descriptor: int, data: Buffer, offset: int) -> None:
-        """Write all of the bytes to the disk, so that they take no room in the page cache afterwards."""
-        self.pwrite(descriptor, data, offset)
-        self.datasync(descriptor)
-        os.posix_fadvise(descriptor, offset, memoryview(data).nbytes, os.POSIX_FADV_DONTNEED)
+    def drop_pages(self, descriptor: int, offset: int, size_bytes: int) -> None:
+        """Take what is synced of a range out of the page cache; a hint, which file systems may ignore."""
+        os.posix_fadvise(descriptor, offset, size_bytes, os.POSIX_FADV_DONTNEED)
 
     def truncate(self, descriptor: int, size_bytes: int) -> None:
         """Set the length of a file; what is added is a hole."""

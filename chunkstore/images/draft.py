@@ -1,13 +1,15 @@
 """The image of a slice that is being written: a file in new/, until it is published or staged under its name.
 
-Owns the descriptor until then. Made at the first write. A draft that fails once (full or broken disk) takes nothing more:
-`is_broken`; what it took before can still be read. Writes of different ranges may run at the same time. Nothing in new/
+Owns a descriptor, which the image gets a duplicate of: a read that a thread has begun keeps its own. Made at the first write.
+A draft that fails once (full or broken disk) takes nothing more: `is_broken`; what it took before can still be read, and is
+true unless the disk could not write back (`sync` tells). Writes of different ranges may run at the same time. Nothing in new/
 outlives the process, because nothing names its bytes before the slice is sealed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
@@ -42,7 +44,9 @@ class Draft:
         self._opening: asyncio.Future[int] | None = None
         self._descriptor: int | None = None
         self._pins = 0
-        self._is_discarded = False
+        self._is_closed = False
+        self._is_handed_over = False
+        self._has_lost_bytes = False
         self.is_broken = False
 
     @property
@@ -59,12 +63,32 @@ class Draft:
         try:
             descriptor = await self._opened()
             is_big = len(data) >= _WRITE_THROUGH_BYTES
-            await self._run(self._disk.pwrite_through if is_big else self._disk.pwrite, descriptor, data, offset)
+            await self._run(self._write_through if is_big else self._disk.pwrite, descriptor, data, offset)
         except OSError as error:
             self.is_broken = True
             self._cache.failed(error, self._slice_id)
             return False
         return True
+
+    def _write_through(self, descriptor: int, data: Buffer, offset: int) -> None:
+        """Write bytes to the disk, so that they take no room in the page cache afterwards."""
+        self._disk.pwrite(descriptor, data, offset)
+        self._sync(descriptor)
+        self._disk.drop_pages(descriptor, offset, len(data))
+
+    def _sync(self, descriptor: int) -> None:
+        try:
+            self._disk.datasync(descriptor)
+        except OSError:
+            # The kernel says so once, and it may be about any bytes of the file.
+            self._has_lost_bytes = True
+            raise
+
+    async def sync(self) -> None:
+        """Make sure that what reads returned is what was written. OSError if the disk failed to write anything back."""
+        await self._run(self._sync, await self._opened())
+        if self._has_lost_bytes:
+            raise OSError(errno.EIO, "the cache disk failed to write back", self._path)
 
     def try_read(self, start: int, end: int) -> Buffer | None:
         """Return bytes that were written, if they are in memory."""
@@ -74,7 +98,7 @@ class Draft:
         return buffer if self._disk.try_pread(self._descriptor, buffer, start) == end - start else None
 
     async def read(self, start: int, end: int) -> bytes:
-        """Return bytes that were written. OSError."""
+        """Return bytes that were written. OSError, also once the draft was handed over or discarded."""
         return await self._run(self._disk.pread, await self._opened(), end - start, start)
 
     async def publish(self, info: SliceInfo, *, frame_digests: Sequence[bytes]) -> None:
@@ -87,8 +111,7 @@ class Draft:
                 self._cache.failed(error, self._slice_id)
                 self.discard()
                 return
-            self._descriptor = None
-            self._is_discarded = True
+            self._close(is_handed_over=True)
             self._cache.adopt(image)
 
     def _publish(self, descriptor: int, info: SliceInfo, frame_digests: Sequence[bytes]) -> Image:
@@ -103,8 +126,7 @@ class Draft:
         descriptor = await self._opened()
         async with self._cache.files.hold([self._slice_id]):
             image = await self._executors.disk(self._stage, descriptor, info, name, frame_digests)
-            self._descriptor = None
-            self._is_discarded = True
+            self._close(is_handed_over=True)
             self._cache.adopt_staged(name, image)
 
     def _stage(self, descriptor: int, info: SliceInfo, name: StagedName, frame_digests: Sequence[bytes]) -> Image:
@@ -140,15 +162,25 @@ class Draft:
     def _image(self, descriptor: int, info: SliceInfo) -> Image:
         check = check_of(info, self._cache.block_bytes)
         layout = Layout(info.length, self._cache.block_bytes)
-        opened = Opened(descriptor, None, None)
-        if check is None:
-            side = self._disk.open(self._cache.directory.side(info.slice_id), os.O_RDWR)
-            opened = Opened(descriptor, side, bytearray((PRESENT,)) * layout.frame_count)
-        return Image(info.slice_id, layout, opened, check=check)
+        if check is not None:
+            return Image(info.slice_id, layout, Opened(self._disk.duplicate(descriptor), None, None), check=check)
+        side = self._disk.open(self._cache.directory.side(info.slice_id), os.O_RDWR)
+        try:
+            data = self._disk.duplicate(descriptor)
+        except BaseException:
+            self._disk.close(side)
+            raise
+        return Image(info.slice_id, layout, Opened(data, side, bytearray((PRESENT,)) * layout.frame_count), check=None)
 
     def discard(self) -> None:
-        """Remove the file, after the threads that use it. Idempotent."""
-        self._is_discarded = True
+        """Remove the file, after the threads that use it, unless it was handed over. Idempotent."""
+        self._close(is_handed_over=False)
+
+    def _close(self, *, is_handed_over: bool) -> None:
+        """Take no more calls; the descriptor goes after the threads that use it."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._is_handed_over = is_handed_over
         if self._pins == 0:
             self._let_go()
 
@@ -157,11 +189,12 @@ class Draft:
         if descriptor is not None:
             # Nobody waits for it: the descriptor is ours alone now, and the name is never used again.
             work = self._executors.disk(self._remove, descriptor)
-            self._cache.start(work, name=f"remove draft of slice {self._slice_id}")
+            self._cache.start(work, name=f"close draft of slice {self._slice_id}")
 
     def _remove(self, descriptor: int) -> None:
         try:
-            self._disk.unlink(self._path)
+            if not self._is_handed_over:
+                self._disk.unlink(self._path)
         except OSError:
             # Emptied at the next start.
             pass
@@ -172,12 +205,16 @@ class Draft:
         if self._opening is None:
             self._opening = self._start(self._disk.open, self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
             self._opening.add_done_callback(self._note_opened)
-        return await asyncio.shield(self._opening)
+        descriptor = await asyncio.shield(self._opening)
+        if self._is_closed:
+            # The number may be that of another file by now.
+            raise OSError(errno.EBADF, "the draft is closed", self._path)
+        return descriptor
 
     def _note_opened(self, opening: asyncio.Future[int]) -> None:
         if not opening.cancelled() and opening.exception() is None:
             self._descriptor = opening.result()
-            if self._is_discarded and self._pins == 0:
+            if self._is_closed and self._pins == 0:
                 self._let_go()
 
     def _start(self, call: Callable[..., T], *args: object) -> asyncio.Future[T]:
@@ -194,5 +231,5 @@ class Draft:
         self._pins -= 1
         if not job.cancelled():
             job.exception()
-        if self._is_discarded and self._pins == 0:
+        if self._is_closed and self._pins == 0:
             self._let_go()

@@ -6,8 +6,8 @@ changes that the store may not show yet. It must not know any rule of POSIX.
 Layers, each current where it has an answer:
 
 - *cached*: two generations per table. A hit in the old generation moves to the young one; when the young
-  one is full (half of the limit; looked at when an operation changes or begins to load) the old one is dropped. A grouped table caches whole groups; a *complete* group answers for
-  absent members too.
+  one is full (half of the limit; looked at when an operation changes something or begins to load) the old
+  one is dropped. A grouped table caches whole groups; a *complete* group answers for absent members too.
 - *pinned*: rows and tombstones changed by batches that are not durable, or that a load or scan now under
   way might have missed. Pinned rows are never evicted.
 

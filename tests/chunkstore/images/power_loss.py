@@ -73,6 +73,9 @@ class LostDisk:
             file.content = bytearray()
         self.open[descriptor] = file
 
+    def duplicate(self, descriptor: int, copy: int) -> None:
+        self.open[copy] = self.open[descriptor]
+
     def write(self, descriptor: int, data: bytes, offset: int) -> None:
         content = self.open[descriptor].content
         if len(content) < offset:
@@ -152,6 +155,12 @@ class RecordingDisk(Disk):
             truncates = bool(flags & os.O_TRUNC)
             self.record.append(lambda disk: disk.open_file(path, descriptor, truncates=truncates))
         return descriptor
+
+    def duplicate(self, descriptor: int) -> int:
+        with self._lock:
+            copy = super().duplicate(descriptor)
+            self.record.append(lambda disk: disk.duplicate(descriptor, copy))
+        return copy
 
     def pwrite(self, descriptor: int, data: Buffer, offset: int) -> None:
         kept = bytes(data)

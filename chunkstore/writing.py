@@ -219,17 +219,17 @@ class SliceWriter:
         base = index * self._block_bytes
         if (data := self.try_read(base + start, base + end)) is not None:
             return data
-        if self._sealed is not None:
+        if (info := self._sealed_info()) is not None:
             # Sealed since the read began: the draft has become the image, or is gone.
-            return await self._services.reader.read(self._sealed.info, base + start, base + end)
+            return await self._services.reader.read(info, base + start, base + end)
         block = self._flight.blocks[index] if index < len(self._flight.blocks) else None
         if block is None or block.in_draft:
             try:
                 data = await self._flight.draft.read(base + start, base + end)
             except OSError:
-                if self._sealed is None:
+                if (info := self._sealed_info()) is None:
                     raise
-                return await self._read_block(index, start, end)
+                return await self._services.reader.read(info, base + start, base + end)
             if len(data) == end - start:
                 return data
         if block is not None and block.is_uploaded:
@@ -240,6 +240,9 @@ class SliceWriter:
             )
             return memoryview(raw)[start:end]
         raise ObjectCorrupt(f"slice {self._slice_id}: block {index} was cut short on the cache disk")
+
+    def _sealed_info(self) -> SliceInfo | None:
+        return None if self._sealed is None else self._sealed.info
 
     # --- sealing
 

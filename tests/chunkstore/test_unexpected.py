@@ -1,4 +1,4 @@
-"""What must not happen and does: bugs, refused memory, disks that lose what they took. Nothing is called stored then."""
+"""What must not happen and does: bugs, refused memory, disks that lose what they took. Nothing counts as stored then."""
 
 from __future__ import annotations
 

@@ -122,9 +122,11 @@ async def test_a_change_that_only_its_pin_remembers_belongs_to_a_directory_that_
 async def test_a_name_whose_commit_ends_between_two_pages_is_not_forgotten(limit: int) -> None:
     volume_store = await format_volume(MemoryStore())
     async with opened(volume_store) as volume:
-        for name in (b"a", b"b", b"c"):
-            made = await volume.meta.create(ROOT, ROOT_INO, name, mode=0o600, exclusive=True)
-            await volume.meta.release(made.inode.ino)
+        made = await volume.meta.create(ROOT, ROOT_INO, b"a", mode=0o600, exclusive=True)
+        await volume.meta.release(made.inode.ino)
+        for name in (b"b", b"c"):
+            other = await volume.meta.create(ROOT, ROOT_INO, name, mode=0o600, exclusive=True)
+            await volume.meta.release(other.inode.ino)
     rows = Rows(volume_store, limit_bytes=10 * ROW_COST_BYTES)
     # The store has "a" and memory has it changed, in a commit under way; the directory was dropped from the cache since.
     changed = Dentry(ROOT_INO, b"a", made.inode.ino, stat.S_IFREG)

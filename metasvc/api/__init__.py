@@ -9,10 +9,9 @@ Cancellation: a cancelled call may or may not have been applied; nothing is appl
 
 Errors: FsError with the errno POSIX names for the system call of the same name; StoreError, Fenced when
 the owner is gone for good. Every method may raise ENOENT or ESTALE for an inode that does not exist;
-only further errors are listed. Permission bits are *not* checked here: the kernel does it for mounts
-(``default_permissions``, ACLs included), and client.vfs for everything else. What the kernel does not do
-(sticky directories when renaming over, setgid inheritance, ACL inheritance, clearing of setuid bits)
-is done here.
+only further errors are listed. Permission bits and sticky directories are *not* checked here: the kernel does
+it for mounts (``default_permissions``, ACLs included); who calls without a kernel has to do it. What the kernel
+does not do (setgid inheritance, ACL inheritance, clearing of setuid bits) is done here.
 
 Cost: one round trip each, and one commit for each that changes something, shared with others in flight.
 """

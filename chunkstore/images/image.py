@@ -15,13 +15,15 @@ from typing import NamedTuple
 from uuid import UUID
 
 from chunkstore.block import DIGEST_BYTES, block_digest, digest, digest_of, frame_digests
-from chunkstore.geometry import Buffer, SliceId
+from chunkstore.geometry import MIB, Buffer, SliceId
 from chunkstore.images import sidefile
 from chunkstore.images.disk import Disk
 from chunkstore.images.layout import Layout
 from chunkstore.images.sidefile import ABSENT, PRESENT, UNCHECKED
 
 _READ_STEP_BYTES = 1 << 20
+# What comes in such pieces is read in order: the kernel has it as pages of the mounted file, once is enough (ADR 0013).
+_ONCE_BYTES = MIB
 
 
 class Opened(NamedTuple):
@@ -274,6 +276,9 @@ def write_frames(
     assert opened.side is not None
     for run in runs:
         disk.pwrite(opened.descriptor, run.data, run.first_frame * layout.frame_bytes)
+        if (size_bytes := memoryview(run.data).nbytes) >= _ONCE_BYTES:
+            disk.datasync(opened.descriptor)
+            disk.drop_pages(opened.descriptor, run.first_frame * layout.frame_bytes, size_bytes)
     disk.pwrite(opened.side, b"".join(digests), sidefile.digests_offset(layout, layout.first_frame(block_index)))
     for run in runs:
         disk.pwrite(opened.side, bytes((PRESENT,)) * run.frame_count, sidefile.states_offset(run.first_frame))

@@ -77,7 +77,7 @@ class ChunkStoreConfig:
     max_uploads: int = 16
     """Blocks being uploaded at once."""
     max_fetches: int = 24
-    """Blocks being fetched at once for readers; prefetches take at most half of them."""
+    """Blocks being fetched at once. Prefetches begin none beyond it, and take at most three quarters of `read_memory_bytes`."""
     write_memory_bytes: int = 48 * MIB
     """Bound on written bytes that are held in memory: beyond it `append` waits."""
     read_memory_bytes: int = 40 * MIB

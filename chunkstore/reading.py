@@ -427,10 +427,10 @@ class SliceReader:
         payload = await self._bucket.get(key)
         # Only side files keep the digests of frames.
         wants_digests = not is_small(fetch.info.length, self._block_bytes)
-        arguments = (payload, fetch.info.digest(fetch.block_index), fetch.raw_length, origin, wants_digests)
+        arguments = (payload, fetch.info.digest(fetch.block_index), fetch.raw_length, origin)
         if fetch.raw_length <= _DECODE_HERE_BYTES:
-            return _decode_whole(*arguments)
-        return await self._executors.codec(_decode_whole, *arguments)
+            return _decode_whole(*arguments, wants_digests=wants_digests)
+        return await self._executors.codec(_decode_whole, *arguments, wants_digests=wants_digests)
 
     async def _bring_frames(self, fetch: _Fetch, frames: range, *, key: str, origin: str) -> Brought:
         known = self._headers.get((fetch.info.slice_id, fetch.block_index))
@@ -468,11 +468,7 @@ class SliceReader:
 
 
 def _decode_whole(
-    payload: Buffer,
-    expected_digest: bytes,
-    raw_length: int,
-    origin: str,
-    wants_digests: bool,  # noqa: FBT001
+    payload: Buffer, expected_digest: bytes, raw_length: int, origin: str, *, wants_digests: bool
 ) -> Brought:
     raw = decode(payload, expected_digest=expected_digest, raw_length=raw_length, origin=origin)
     if not wants_digests:

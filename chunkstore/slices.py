@@ -18,10 +18,8 @@ readers, delete against fetch), `chunkstore.images.cache` (eviction against read
 and `chunkstore.flight` (append, seal, discard, crash), `chunkstore.uploading` and `chunkstore.images.staging` (staged slices).
 
 What it costs on two EPYC cores with a directory on ext4 as bucket: `try_read` 3 us for 4 KiB, 15 for 128 KiB, 85 for 1 MiB,
-of which pread(2) is 1.5, 13 and 75. 1 GiB in requests of 1 MiB: written at 0.8 GB/s (0.9 s user and 0.9 s system time), read
-from the bucket at 1.7 GB/s (0.5 s and 0.5 s), from images at 9 GB/s, from images and no page cache at 1.4 GB/s. Where the
-virtual machine touches memory for the first time the page cache alone takes three times as long. Slices of 64 KiB: sealed
-660 a second one after the other, 770 by 8 tasks (all but 0.1 ms of each in the put), read with nothing cached 2,100 and
+of which pread(2) is 1.5, 13 and 75. Big slices are bound by the disk and by the page cache: docs/adr/0013. Slices of 64 KiB:
+sealed 660 a second one after the other, 770 by 8 tasks (all but 0.1 ms of each in the put), read with nothing cached 2,100 and
 5,900. 200,000 images are indexed in 2.5 s in the background, with 8 MiB.
 """
 

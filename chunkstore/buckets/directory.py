@@ -40,12 +40,12 @@ from chunkstore.errors import (
     ObjectExists,
     ObjectMissing,
 )
-from chunkstore.geometry import Buffer
+from chunkstore.geometry import MIB, Buffer
 
 T = TypeVar("T")
 
 # Blocks so long are kept by who asked for them, and would lie in the page cache a second time (docs/adr/0013).
-_READ_ONCE_BYTES: Final = 1 << 20
+_READ_ONCE_BYTES: Final = MIB
 # Far longer than any put may take.
 LEFTOVER_AGE_S: Final = 3600
 _READERS: Final = 8
@@ -192,8 +192,6 @@ class DirectoryStore:
         """Run a call on a pool; translate its errors. A call that is cancelled before it got a thread never runs."""
         # Wrapped here: uvloop's run_in_executor inspects the function at each call, for 10 us.
         work = asyncio.wrap_future(pool.submit(self._translated, call, key))
-        if timeout_s is None:
-            return await work
         try:
             async with asyncio.timeout(timeout_s):
                 return await work

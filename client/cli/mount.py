@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 
 MIN_CACHE_FREE_BYTES: Final = 16 << 20
 MIN_CACHE_BYTES: Final = 64 << 20
-HOLDER_ANSWER_S: Final = 3.0
 _METADATA_READ_AHEAD_BYTES: Final = 64 << 20
-"""A holder that is well says at once who it is."""
 FUSE_CONF: Final = "/etc/fuse.conf"
 
 
@@ -177,12 +175,12 @@ def _prepare_cache(directory: Path) -> None:
 
 def _refuse_second_mount(volume: EmbeddedAddress) -> None:
     """Refuse at once while the volume is mounted; wait up to 10 s for a mount that is ending."""
-    from client.control.caller import HolderLost, RemoteError, call_holder
+    from client.control.caller import ANSWER_S, HolderLost, RemoteError, call_holder
     from client.control.messages import Request
     from client.volume import HOLDER_WAIT_S, POLL_S, VolumeBusy
 
     deadline_s = time.monotonic() + HOLDER_WAIT_S
-    while (call := call_holder(volume.directory, silence_s=HOLDER_ANSWER_S)) is not None:
+    while (call := call_holder(volume.directory, silence_s=ANSWER_S)) is not None:
         with call:
             try:
                 holder: dict[str, Any] = call.run(Request("holder", {}))

@@ -20,13 +20,11 @@ from client.cli.main import fail
 from client.cli.mountpoint import MountpointInvalid, absolute, detach, unmount
 from client.cli.output import say
 from client.cli.progress import shown_progress
-from client.control.caller import HolderCall, HolderLost, call_holder
+from client.control.caller import ANSWER_S, HolderCall, HolderLost, call_holder
 from client.control.messages import JsonObject, RemoteError, Request
 from client.mounts import is_dead, mounts_at, read_mounts
 from client.sizes import format_size
 
-HOLDER_ANSWER_S: Final = 3.0
-"""A daemon that is well says at once who it is."""
 END_S: Final = 60.0
 """How long a daemon that has said its last word may take to be gone."""
 
@@ -65,7 +63,7 @@ def _holder_of(address: EmbeddedAddress, mountpoint: str, *, force: bool) -> Hol
 
     HolderLost if it is there and silent, unless by force: then it is treated as gone.
     """
-    first = call_holder(address.directory, silence_s=HOLDER_ANSWER_S)
+    first = call_holder(address.directory, silence_s=ANSWER_S)
     if first is None:
         return None
     with first:

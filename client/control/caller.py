@@ -29,6 +29,8 @@ from client.control.messages import (
 )
 
 CONNECT_S: Final = 5.0
+ANSWER_S: Final = 3.0
+"""A holder that is well says within this time who it is."""
 
 
 class HolderLost(ControlError):

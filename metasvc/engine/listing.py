@@ -79,8 +79,9 @@ class Listing:
     async def expect(self, parent: Ino, name: bytes) -> None:
         """Before a lookup: load names around it if lookups in this directory keep missing memory.
 
-        How many adapts: four times as many when half of the last page was asked for since, a quarter when
-        not, so that random lookups in a huge directory do not read a thousand names for one.
+        A directory of up to a thousand names comes whole. Of a larger one so many: four times as many when half
+        of the last page was asked for since, a quarter when not, so that a few random lookups in a huge directory
+        do not read a thousand names for one; a full page once misses have cost as much as that.
         """
         rows = self._engine.rows
         dentry = rows.get(DENTRY, (parent, name))

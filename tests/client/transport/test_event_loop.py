@@ -176,6 +176,7 @@ class CountingPoll:
     def __init__(self, loop: EventLoop) -> None:
         self._poll = loop._poll
         self.asked = 0
+        # In the place of a select.poll object, whose class cannot be inherited from.
         loop._poll = self  # type: ignore[assignment]
 
     def register(self, descriptor: int, events: int) -> None:

@@ -11,13 +11,20 @@ import pytest
 
 from metasvc.engine.memory import ROW_COST_BYTES, Rows
 from metasvc.errors import FsError
-from metasvc.model import ROOT_INO, Dentry, Ino
+from metasvc.model import ROOT_INO, Dentry, Ino, Inode
 from metasvc.store.memory import MemoryStore
 from metasvc.store.tables import DENTRY, INODE
 from tests.metasvc.engine.volumes import ROOT, Opened, format_volume, opened
 from tests.metasvc.store.faulty import Faults, FaultyStore
 
 NAMES = [b"%03d" % number for number in range(60)]
+
+
+async def _create(volume: Opened, name: bytes, *, parent: Ino = ROOT_INO) -> Inode:
+    """Make an empty file."""
+    made = await volume.meta.create(ROOT, parent, name, mode=0o600, exclusive=True)
+    await volume.meta.release(made.inode.ino)
+    return made.inode
 
 
 async def _list(volume: Opened, *, limit: int) -> list[bytes]:
@@ -38,8 +45,7 @@ async def _change(volume: Opened, rand: random.Random, mine: list[bytes], there:
             await volume.meta.unlink(ROOT, ROOT_INO, name)
             there.discard(name)
         else:
-            made = await volume.meta.create(ROOT, ROOT_INO, name, mode=0o600, exclusive=True)
-            await volume.meta.release(made.inode.ino)
+            await _create(volume, name)
             there.add(name)
 
 
@@ -51,8 +57,7 @@ async def test_a_directory_scanned_page_by_page_while_it_changes_is_known_as_it_
     always = NAMES[::3]
     async with opened(volume_store) as volume:
         for name in always:
-            made = await volume.meta.create(ROOT, ROOT_INO, name, mode=0o600, exclusive=True)
-            await volume.meta.release(made.inode.ino)
+            await _create(volume, name)
     # Opened again: nothing is in memory, every page comes from the store, slowly. Little memory forgets in between.
     async with opened(volume_store, memory_bytes=rand.choice([5_000, 30_000, 50_000_000])) as volume:
         changing = [name for name in NAMES if name not in always]
@@ -85,8 +90,7 @@ async def test_the_second_listing_needs_no_store_however_many_pages_the_first_ha
     volume_store = await format_volume(MemoryStore())
     async with opened(volume_store) as volume:
         for name in NAMES:
-            made = await volume.meta.create(ROOT, ROOT_INO, name, mode=0o600, exclusive=True)
-            await volume.meta.release(made.inode.ino)
+            await _create(volume, name)
     async with opened(volume_store) as volume:
         assert await _list(volume, limit=7) == NAMES
         rows = volume.engine.rows
@@ -99,16 +103,14 @@ async def test_the_second_listing_needs_no_store_however_many_pages_the_first_ha
 async def test_a_change_that_only_its_pin_remembers_belongs_to_a_directory_that_was_scanned() -> None:
     volume_store = await format_volume(MemoryStore())
     async with opened(volume_store) as volume:
-        made = await volume.meta.create(ROOT, ROOT_INO, b"removed", mode=0o600, exclusive=True)
-        await volume.meta.release(made.inode.ino)
-        made = await volume.meta.create(ROOT, ROOT_INO, b"kept", mode=0o600, exclusive=True)
-        await volume.meta.release(made.inode.ino)
+        await _create(volume, b"removed")
+        inode = await _create(volume, b"kept")
     rows = Rows(volume_store, limit_bytes=10 * ROW_COST_BYTES)
-    added = Dentry(ROOT_INO, b"added", made.inode.ino, stat.S_IFREG)
+    added = Dentry(ROOT_INO, b"added", inode.ino, stat.S_IFREG)
     rows.apply({DENTRY: {(ROOT_INO, b"added"): added, (ROOT_INO, b"removed"): None}}, 1)
     before = rows.evicted_generations_total
     for number in range(100, 130):
-        rows.apply({INODE: {Ino(number): made.inode._replace(ino=Ino(number))}}, 1)
+        rows.apply({INODE: {Ino(number): inode._replace(ino=Ino(number))}}, 1)
     assert rows.evicted_generations_total >= before + 2, "the directory is not in the cache any more"
     found, end = await rows.scan_dir(ROOT_INO, after=None, limit=10)
     assert end
@@ -122,17 +124,15 @@ async def test_a_change_that_only_its_pin_remembers_belongs_to_a_directory_that_
 async def test_a_name_whose_commit_ends_between_two_pages_is_not_forgotten(limit: int) -> None:
     volume_store = await format_volume(MemoryStore())
     async with opened(volume_store) as volume:
-        made = await volume.meta.create(ROOT, ROOT_INO, b"a", mode=0o600, exclusive=True)
-        await volume.meta.release(made.inode.ino)
+        inode = await _create(volume, b"a")
         for name in (b"b", b"c"):
-            other = await volume.meta.create(ROOT, ROOT_INO, name, mode=0o600, exclusive=True)
-            await volume.meta.release(other.inode.ino)
+            await _create(volume, name)
     rows = Rows(volume_store, limit_bytes=10 * ROW_COST_BYTES)
     # The store has "a" and memory has it changed, in a commit under way; the directory was dropped from the cache since.
-    changed = Dentry(ROOT_INO, b"a", made.inode.ino, stat.S_IFREG)
+    changed = Dentry(ROOT_INO, b"a", inode.ino, stat.S_IFREG)
     rows.apply({DENTRY: {(ROOT_INO, b"a"): changed}}, 1)
     for number in range(100, 130):
-        rows.apply({INODE: {Ino(number): made.inode._replace(ino=Ino(number))}}, 2)
+        rows.apply({INODE: {Ino(number): inode._replace(ino=Ino(number))}}, 2)
     names: list[bytes] = []
     end = False
     while not end:
@@ -149,8 +149,7 @@ async def test_a_page_whose_names_were_all_removed_is_not_the_end() -> None:
     volume_store = await format_volume(MemoryStore())
     async with opened(volume_store) as volume:
         for name in NAMES:
-            made = await volume.meta.create(ROOT, ROOT_INO, name, mode=0o600, exclusive=True)
-            await volume.meta.release(made.inode.ino)
+            await _create(volume, name)
     rows = Rows(volume_store, limit_bytes=50_000_000)
     rows.apply({DENTRY: {(ROOT_INO, name): None for name in NAMES[5:25]}}, 1)
     found, end = await rows.scan_dir(ROOT_INO, after=NAMES[4], limit=10)
@@ -166,8 +165,7 @@ async def test_memory_is_bounded_where_nothing_but_reading_is_done() -> None:
         ]
         for directory in directories:
             for name in NAMES:
-                made = await volume.meta.create(ROOT, directory, name, mode=0o600, exclusive=True)
-                await volume.meta.release(made.inode.ino)
+                await _create(volume, name, parent=directory)
     limit_rows = 400
     async with opened(volume_store, memory_bytes=limit_rows * ROW_COST_BYTES) as volume:
         rows = volume.engine.rows

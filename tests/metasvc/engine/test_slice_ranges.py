@@ -20,6 +20,7 @@ async def test_ids_of_a_stride_that_another_took_wait_for_its_commit() -> None:
         await gate.wait()
         await commit(*args)
 
+    # Of this one store only, which nobody else sees.
     volume_store.commit = gated  # type: ignore[method-assign, assignment]
     async with opened(volume_store) as volume:
         await volume.meta.allocate_slices(SLICE_STRIDE)

@@ -10,8 +10,10 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Final, ParamSpec, TypeVar
+
+from chunkstore.threads import Threads
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -22,25 +24,20 @@ _MAX_CODEC_THREADS: Final = 4
 
 
 class Executors:
-    """Run disk work and codec work on two bounded pools. A hop costs 25 to 100 us, so small things do not take one.
-
-    Futures are wrapped here: uvloop's run_in_executor inspects the function at each call, for 10 us.
-    """
+    """Run disk work and codec work on two bounded pools. A hop costs 25 to 100 us, so small things do not take one."""
 
     def __init__(self, *, disk_threads: int, codec_threads: int | None = None) -> None:
-        """Start no thread yet; both pools grow on demand. Must be made on the running event loop."""
-        self._loop = asyncio.get_running_loop()
-        self._disk = ThreadPoolExecutor(disk_threads, thread_name_prefix="image-disk")
-        codec = codec_threads or min(_MAX_CODEC_THREADS, os.cpu_count() or 1)
-        self._codec = ThreadPoolExecutor(codec, thread_name_prefix="codec")
+        """Start no thread yet; both pools grow on demand."""
+        self._disk = Threads(disk_threads, name="image-disk")
+        self._codec = Threads(codec_threads or min(_MAX_CODEC_THREADS, os.cpu_count() or 1), name="codec")
 
     def start_disk(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         """Start disk work. Await the future through `asyncio.shield`; it is done when the thread is."""
-        return asyncio.wrap_future(self._disk.submit(call, *args, **kwargs), loop=self._loop)
+        return self._disk.start(partial(call, *args, **kwargs))
 
     def start_codec(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         """Start compression or hashing, like `start_disk`."""
-        return asyncio.wrap_future(self._codec.submit(call, *args, **kwargs), loop=self._loop)
+        return self._codec.start(partial(call, *args, **kwargs))
 
     async def disk(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run disk work and wait for it; a cancellation leaves it running to its end."""
@@ -53,7 +50,7 @@ class Executors:
     async def close(self) -> None:
         """Wait for all work that was started and end the threads."""
         for pool in (self._disk, self._codec):
-            await self._loop.run_in_executor(None, pool.shutdown)
+            await pool.close()
 
 
 class TaskSet:

@@ -3,9 +3,10 @@
 Owns what is fetched: which frames or the whole of a block, when, and how much of it is held in memory. Must not know files,
 or where images lie.
 
-A random read costs two ranged GETs (header, then its frames; the header is kept), a sequential one a GET per block. The bytes
-of a fetch go to those who wait for it straight from memory, and to the image meanwhile; later reads find them in one of the
-two. If the image cannot take them they stay in memory as long as there is room (`_parked`).
+A random read costs two ranged GETs (header and frames; the header is kept), a sequential one a GET per block. The two are
+sent at once where the slice is known to be stored raw (so is what compresses badly: images, archives, trained weights), else
+one after the other. The bytes of a fetch go to those who wait for it straight from memory, and to the image meanwhile; later
+reads find them in one of the two. If the image cannot take them they stay in memory as long as there is room (`_parked`).
 
 Interleavings. A fetch is a task of this reader, never of a caller: a caller that is cancelled stops waiting, the fetch goes on
 and its bytes are kept. `_fetches` has at most one fetch per block, from before its first request until its frames are in the
@@ -161,6 +162,7 @@ class SliceReader:
         self._parked: OrderedDict[Key, _Fetch] = OrderedDict()
         self._headers: OrderedDict[Key, _Header] = OrderedDict()
         self._positions: OrderedDict[SliceId, int] = OrderedDict()
+        self._raw_slices: OrderedDict[SliceId, None] = OrderedDict()
 
     @property
     def fetch_count(self) -> int:
@@ -282,6 +284,7 @@ class SliceReader:
             self.memory.release(self._parked.pop(key).charge_bytes)
         for slice_id in gone:
             self._positions.pop(slice_id, None)
+            self._raw_slices.pop(slice_id, None)
 
     async def fetch_block(self, info: SliceInfo, block_index: int) -> Buffer:
         """Return a whole block from the bucket, past images and other fetches."""
@@ -437,7 +440,7 @@ class SliceReader:
         stored: Buffer | None = None
         if known is None:
             size = header_size(fetch.raw_length)
-            if self._config.codec.kind is CodecKind.RAW:
+            if self._config.codec.kind is CodecKind.RAW or fetch.info.slice_id in self._raw_slices:
                 # Frames that are stored raw lie where arithmetic says; both requests at once save a round trip.
                 start = size + frames.start * FRAME_BYTES
                 end = min(start + len(frames) * FRAME_BYTES, size + fetch.raw_length)
@@ -458,6 +461,11 @@ class SliceReader:
                 self._headers.popitem(last=False)
             if any(frame.is_zstd for frame in header.frames):
                 stored = None
+                self._raw_slices.pop(fetch.info.slice_id, None)
+            else:
+                self._raw_slices[fetch.info.slice_id] = None
+                if len(self._raw_slices) > _POSITIONS_KEPT:
+                    self._raw_slices.popitem(last=False)
         header = known.header
         start, end = header.frames[frames.start].start, header.frames[frames.stop - 1].end
         if stored is None:

@@ -26,7 +26,6 @@ import stat
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Final, TypeVar
 
@@ -41,6 +40,7 @@ from chunkstore.errors import (
     ObjectMissing,
 )
 from chunkstore.geometry import MIB, Buffer
+from chunkstore.threads import Threads
 
 T = TypeVar("T")
 
@@ -133,8 +133,8 @@ class DirectoryStore:
         """Take the absolute path of the directory. Touches nothing."""
         self._root = root
         self._disk = disk or Disk()
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="bucket-read")
-        self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="bucket-write")
+        self._readers = Threads(_READERS, name="bucket-read")
+        self._writers = Threads(_WRITERS, name="bucket-write")
         self._known: set[str] = set()
         self._making = threading.Lock()
         self._syncs: dict[str, _SharedSync] = {}
@@ -186,12 +186,13 @@ class DirectoryStore:
     async def close(self) -> None:
         """Wait for running calls and end the threads."""
         for pool in (self._readers, self._writers):
-            await asyncio.to_thread(pool.shutdown)
+            await pool.close()
 
-    async def _run(self, pool: ThreadPoolExecutor, call: Callable[[], T], *, key: str, timeout_s: float | None) -> T:
+    async def _run(self, pool: Threads, call: Callable[[], T], *, key: str, timeout_s: float | None) -> T:
         """Run a call on a pool; translate its errors. A call that is cancelled before it got a thread never runs."""
-        # Wrapped here: uvloop's run_in_executor inspects the function at each call, for 10 us.
-        work = asyncio.wrap_future(pool.submit(self._translated, call, key))
+        work = pool.start(self._translated, call, key)
+        if timeout_s is None:
+            return await work
         try:
             async with asyncio.timeout(timeout_s):
                 return await work

@@ -232,6 +232,15 @@ def interrupt_once(*numbers: signal.Signals) -> None:
         signal.signal(number, interrupt)
 
 
+def go_on_unless_interrupted(error: BaseException) -> None:
+    """Raise KeyboardInterrupt if an error came up while one was unwinding: unmounting after an interrupt may fail as well."""
+    earlier: BaseException | None = error
+    while earlier is not None:
+        if isinstance(earlier, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        earlier = earlier.__context__
+
+
 def drop_page_cache() -> None:
     """Write out what is dirty and drop page cache, dentries and inodes of the whole machine."""
     os.sync()

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.environment import check_machine, describe, load_average
 from bench.plan import WORKS, Session, Work, choose
-from bench.processes import StepFailed, drop_page_cache, interrupt_once
+from bench.processes import StepFailed, drop_page_cache, go_on_unless_interrupted, interrupt_once
 from bench.report import Failure, Measurement, write_report
 from bench.servers import Bucket, DirectoryBucket, redis_server, s3_server
 from bench.systems import SYSTEMS, Place, Purpose, System
@@ -125,6 +125,7 @@ class Round:
                         err=True,
                     )
         except (StepFailed, OSError) as error:
+            go_on_unless_interrupted(error)
             # What is left has no figure; a failure after the last work (an unmount) is charged to the whole session.
             self.fail(system.name, left or session.works, _reason(error))
 
@@ -157,6 +158,7 @@ def _contenders(round_: Round, names: Sequence[str], works: Sequence[Work]) -> I
                 system.prepare()
                 contenders.append(Contender(system))
             except (StepFailed, OSError) as error:
+                go_on_unless_interrupted(error)
                 round_.fail(name, works, _reason(error))
         yield contenders
 

@@ -10,6 +10,7 @@ import pytest
 from bench.processes import (
     StepFailed,
     end_process,
+    go_on_unless_interrupted,
     has_ended,
     is_mounted,
     no_mount_left,
@@ -102,3 +103,15 @@ def test_an_unmount_that_fails_is_told_and_done_by_force(tmp_path: Path) -> None
         with (mountpoint / "open").open("w"), pytest.raises(StepFailed, match="umount"):
             unmount(mountpoint, ["umount", str(mountpoint)], log=tmp_path / "umount")
         assert not is_mounted(mountpoint)
+
+
+def test_an_error_of_the_unwinding_does_not_hide_the_interrupt() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        try:
+            try:
+                raise KeyboardInterrupt
+            finally:
+                raise StepFailed("the mount hangs")
+        except StepFailed as error:
+            go_on_unless_interrupted(error)
+    go_on_unless_interrupted(StepFailed("alone"))

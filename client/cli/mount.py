@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MIN_CACHE_FREE_BYTES: Final = 16 << 20
 MIN_CACHE_BYTES: Final = 64 << 20
-_METADATA_READ_AHEAD_BYTES: Final = 64 << 20
+_METADATA_READ_AHEAD_BYTES: Final = 256 << 20
 FUSE_CONF: Final = "/etc/fuse.conf"
 
 
@@ -137,12 +137,14 @@ def _load_metadata(volume: EmbeddedAddress) -> None:
     Here and not later: once this process has the database open, closing another descriptor of it would drop SQLite's locks.
     Listing 5,000 files after a reboot takes 16 us a file without, 12 with it.
     """
+    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         descriptor = os.open(volume.meta_db, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return
     try:
-        os.posix_fadvise(descriptor, 0, _METADATA_READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+        wanted_bytes = min(_METADATA_READ_AHEAD_BYTES, free_bytes // 4)
+        os.posix_fadvise(descriptor, 0, wanted_bytes, os.POSIX_FADV_WILLNEED)
     finally:
         os.close(descriptor)
 

@@ -122,7 +122,7 @@ class Rows:
 
     def __init__(self, store: VolumeStore, *, limit_bytes: int) -> None:
         self._store = store
-        self._limit_bytes = limit_bytes
+        self.limit_bytes = limit_bytes
         self._size = _Size()
         self._flat = {table: _Flat(self._size) for table in TABLES if not table.grouped}
         self._grouped = {table: _Grouped(self._size) for table in TABLES if table.grouped}
@@ -228,7 +228,7 @@ class Rows:
 
     def make_room(self) -> None:
         """Forget what was not used for longest if memory is at its bound. Not between two loads of one operation."""
-        if self._size.young_bytes > self._limit_bytes // 2:
+        if self._size.young_bytes > self.limit_bytes // 2:
             self._turn_generation()
 
     def mark_durable(self, batch: int, keys: list[tuple[Table, Any]]) -> None:

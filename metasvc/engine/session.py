@@ -51,6 +51,7 @@ class EngineSession:
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._listing.close()
         if self._engine.failure is None:
             await self._engine.end_session(self._session_id)
 

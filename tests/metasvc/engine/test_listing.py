@@ -12,8 +12,9 @@ import pytest
 from metasvc.engine.memory import ROW_COST_BYTES, Rows
 from metasvc.errors import FsError
 from metasvc.model import ROOT_INO, Dentry, Ino, Inode
+from metasvc.store import Loaded, VolumeStore
 from metasvc.store.memory import MemoryStore
-from metasvc.store.tables import DENTRY, INODE
+from metasvc.store.tables import CHUNK, DENTRY, INODE, Key, Table
 from tests.metasvc.engine.volumes import ROOT, Opened, format_volume, opened
 from tests.metasvc.store.faulty import Faults, FaultyStore
 
@@ -183,3 +184,52 @@ async def test_memory_is_bounded_where_nothing_but_reading_is_done() -> None:
                 cached += sum(len(group.rows) for group in (*grouped.young.values(), *grouped.old.values()))
             # What one operation loads may come on top of each generation.
             assert cached <= limit_rows + 4 * len(NAMES)
+
+
+class Loads:
+    """A volume's store that counts the maps that are read."""
+
+    def __init__(self, inner: VolumeStore) -> None:
+        self._inner = inner
+        self.maps = 0
+        self.trips = 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._inner, name)
+
+    async def load(self, keys: dict[Table, list[Key]], groups: dict[Table, list[int]]) -> Loaded:
+        self.maps += len(keys.get(CHUNK, ()))
+        self.trips += CHUNK in keys
+        return await self._inner.load(keys, groups)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+async def test_opens_at_random_load_neighbours_only_while_these_are_there_when_their_turn_comes(*, fits: bool) -> None:
+    volume_store = await format_volume(MemoryStore())
+    files: list[tuple[Ino, bytes, bytes]] = []
+    async with opened(volume_store) as volume:
+        for directory in (b"a", b"b", b"c", b"d"):
+            parent = (await volume.meta.mkdir(ROOT, ROOT_INO, directory, mode=0o755)).ino
+            for number in range(200):
+                name, content = b"%d" % number, bytes([number]) * 1000
+                made = await volume.meta.create(ROOT, parent, name, mode=0o600, exclusive=True)
+                await volume.write(made.inode.ino, 0, content)
+                await volume.meta.release(made.inode.ino)
+                files.append((parent, name, content))
+    random.Random(3).shuffle(files)
+    store = Loads(volume_store)
+    # Of what is needed a half is the share of the contents; the other case has a tenth of that.
+    needed_bytes = 2 * len(files) * (4 * ROW_COST_BYTES + 4096)
+    async with opened(store, memory_bytes=needed_bytes if fits else needed_bytes // 10) as volume:  # type: ignore[arg-type]
+        for parent, name, content in files:
+            ino = (await volume.meta.lookup(parent, name)).ino
+            answer = await volume.meta.open(ino)
+            assert [found.data for found in answer.map.slices.values()] == [content]
+            await volume.meta.release(ino)
+        maps, trips = store.maps, store.trips
+    if fits:
+        assert maps < 2 * len(files)
+        assert trips < len(files) / 10
+    else:
+        # Some neighbours come in vain before it is seen how much there is.
+        assert maps < 2 * len(files)

@@ -1,0 +1,153 @@
+"""A walk finds the next directory in memory; what is no walk loads nothing ahead."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from metasvc.engine import walking
+from metasvc.model import ROOT_INO, Dentry, Ino, Inode
+from metasvc.store import VolumeStore
+from metasvc.store.memory import MemoryStore
+from tests.metasvc.engine.volumes import ROOT, Opened, format_volume, opened
+
+
+class Scans:
+    """A volume's store that notes which directories are scanned."""
+
+    def __init__(self, inner: VolumeStore) -> None:
+        self._inner = inner
+        self.of: list[int] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._inner, name)
+
+    async def scan_dir(self, parent: int, *, after: bytes | None, limit: int) -> list[tuple[Dentry, Inode | None]]:
+        self.of.append(parent)
+        await asyncio.sleep(0)
+        return await self._inner.scan_dir(parent, after=after, limit=limit)
+
+
+async def grown(names: dict[str, int]) -> VolumeStore:
+    """Make a volume with these directories, parents first, and so many empty files in each."""
+    store = await format_volume(MemoryStore())
+    async with opened(store) as volume:
+        inos = {"": ROOT_INO}
+        for path, files in names.items():
+            above, _, name = path.rpartition("/")
+            inos[path] = (await volume.meta.mkdir(ROOT, inos[above], name.encode(), mode=0o755)).ino
+            for number in range(files):
+                await volume.meta.mknod(ROOT, inos[path], b"f%05d" % number, mode=0o100644)
+    return store
+
+
+@asynccontextmanager
+async def cold(store: VolumeStore) -> AsyncIterator[tuple[Opened, Scans]]:
+    scans = Scans(store)
+    async with opened(scans) as volume:  # type: ignore[arg-type]
+        yield volume, scans
+        # Beyond this fsck scans.
+        scans.of = []
+
+
+async def listed(volume: Opened, ino: Ino) -> list[tuple[bytes, Inode]]:
+    found: list[tuple[bytes, Inode]] = []
+    while True:
+        page = await volume.meta.readdir(ino, after=found[-1][0] if found else None, limit=100)
+        found += page.entries
+        if page.end:
+            return found
+
+
+async def settle() -> None:
+    for _ in range(200):
+        await asyncio.sleep(0)
+
+
+TREE = {"a": 3, "a/x": 2, "a/y": 2, "b": 20, "c": 5, "c/z": 1, "d": 4}
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+async def test_a_walk_waits_for_its_first_directories_only(*, backwards: bool) -> None:
+    store = await grown(TREE)
+    async with cold(store) as (volume, scans):
+        waited = 0
+        pending, seen = [ROOT_INO], 0
+        while pending:
+            ino = pending.pop()
+            before = len(scans.of)
+            entries = await listed(volume, ino)
+            waited += len(scans.of) > before and ino in scans.of[before:]
+            seen += len(entries)
+            await settle()
+            below = [inode.ino for _, inode in entries if inode.is_dir]
+            pending += below if backwards else below[::-1]
+        assert seen == len(TREE) + sum(TREE.values())
+        # The root, the first two steps, and one more where the order of the walk is not known yet.
+        assert waited <= 4
+        assert len(scans.of) == len(set(scans.of)), "nothing was loaded twice"
+
+
+async def test_listing_directories_that_are_no_walk_loads_nothing_ahead() -> None:
+    store = await grown(
+        {f"{top}": 0 for top in "abcdefgh"} | {f"{top}/{sub}": 3 for top in "abcdefgh" for sub in "xyz"}
+    )
+    async with cold(store) as (volume, scans):
+        inos = []
+        for top in "abcdefgh":
+            above = (await volume.meta.lookup(ROOT_INO, top.encode())).ino
+            inos += [(await volume.meta.lookup(above, sub)).ino for sub in (b"x", b"y", b"z")]
+        random.Random(7).shuffle(inos)
+        inos = inos[:6]
+        scans.of = []
+        for ino in inos:
+            if len({*scans.of} | {ino}) <= 6:
+                await listed(volume, ino)
+                await settle()
+        assert set(scans.of) <= set(inos)
+
+
+async def test_a_directory_that_is_being_loaded_is_waited_for_and_not_loaded_twice() -> None:
+    store = await grown({"a": 2, "b": 2, "c": 2, "d": 2})
+    async with cold(store) as (volume, scans):
+        for name in (b"a", b"b", b"c", b"d"):
+            # No turn of the loop between two directories: each is on its way when it is asked for.
+            await listed(volume, (await volume.meta.lookup(ROOT_INO, name)).ino)
+        below = [ino for ino in scans.of if ino != ROOT_INO]
+        assert len(below) == len(set(below)) == 4
+
+
+@pytest.mark.parametrize(
+    ("ahead", "largest", "loaded"), [(100, 100, "cde"), (100, 10, ""), (25, 100, "c"), (1, 100, "c")]
+)
+async def test_what_is_loaded_ahead_is_bounded(
+    ahead: int, largest: int, loaded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walking, "AHEAD_ENTRIES", ahead)
+    monkeypatch.setattr(walking, "LARGEST_ENTRIES", largest)
+    store = await grown({"a": 1, "b": 1, "c": 20, "d": 9, "e": 3})
+    async with cold(store) as (volume, scans):
+        inos = {name.decode(): inode.ino for name, inode in await listed(volume, ROOT_INO)}
+        await listed(volume, inos["a"])
+        scans.of = []
+        await listed(volume, inos["b"])
+        await settle()
+        assert [name for name in "cde" if inos[name] in scans.of] == list(loaded)
+
+
+async def test_a_changed_tree_is_listed_as_it_is_although_it_was_loaded_ahead() -> None:
+    store = await grown(TREE)
+    async with cold(store) as (volume, _):
+        top = await listed(volume, ROOT_INO)
+        inos = {name: inode.ino for name, inode in top}
+        await listed(volume, inos[b"a"])
+        await listed(volume, inos[b"b"])
+        # c is on its way.
+        await volume.meta.mknod(ROOT, inos[b"c"], b"new", mode=0o100644)
+        await volume.meta.unlink(ROOT, inos[b"c"], b"f00001")
+        names = [name for name, _ in await listed(volume, inos[b"c"])]
+        assert names == [b"f00000", b"f00002", b"f00003", b"f00004", b"new", b"z"]

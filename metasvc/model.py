@@ -189,6 +189,26 @@ class Session(NamedTuple):
     mountpoint: str
     """Empty for a command that opened the volume itself."""
     started_ns: int
+    secret: bytes = b""
+    """Whoever knows it may go on with the session from elsewhere; empty for a session in the owner's process."""
+
+
+class SliceRange(NamedTuple):
+    """Slice ids that were handed out to a session: only it may commit them, and only while it lives."""
+
+    session_id: SessionId
+    first: int
+    id_count: int
+
+
+class Replies(NamedTuple):
+    """What a session over the wire may ask again: the replies that it has not confirmed."""
+
+    session_id: SessionId
+    confirmed: int
+    """No request below this number will be repeated."""
+    packed: bytes
+    """Replies to requests from that number on that changed something: metasvc.api.atoll_pb2.FromService, encoded."""
 
 
 class Sustained(NamedTuple):

@@ -160,14 +160,9 @@ class EngineAdmin:
         have: Quota | None = await engine.run(lambda tx: (tx.directory(ino), tx.quota(ino))[1])
         if have is None:
             # Counting and setting must see the same tree, so changes wait: 1 s per 100,000 names or so.
-            engine.hold_changes()
-            try:
+            with engine.changes_held():
                 used = await trees.count_for_quota(engine, ino)
-            except BaseException:
-                engine.allow_changes()
-                raise
-            engine.allow_changes()  # no await until the rule below has run: nothing comes between
-            await engine.run(trees.set_quota, ino, max_bytes, max_inodes, used)
+                await engine.run(trees.set_quota, ino, max_bytes, max_inodes, used, even_if_held=True)
         else:
             await engine.run(trees.set_quota, ino, max_bytes, max_inodes, None)
         quota: Quota = await engine.run(lambda tx: tx.quota(ino))
@@ -244,12 +239,9 @@ class EngineAdmin:
         if not first:
             return
         # Something looked wrong, perhaps only because the volume moved meanwhile: look again while it stands.
-        engine.hold_changes()
-        try:
+        with engine.changes_held():
             await engine.settled()
             found = [problem async for problem in Check(engine, repair=repair).problems()]
-        finally:
-            engine.allow_changes()
         for problem in found:
             yield problem
 

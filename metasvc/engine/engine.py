@@ -15,8 +15,10 @@ happened. Nothing unacknowledged was answered. The process opens the volume agai
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -28,11 +30,11 @@ from metasvc.engine.format import NEXT_INO, NEXT_SLICE
 from metasvc.engine.memory import NeedRows, Rows
 from metasvc.engine.owner import OWNER_TTL_S, Owner, boottime_s
 from metasvc.engine.reservations import Reservations
-from metasvc.engine.tx import Rule, Tx
+from metasvc.engine.tx import Rule, Tx, refuse
 from metasvc.errors import FsError, StoreError
-from metasvc.model import Counter, Ino, Session, SessionId, VolumeFormat
+from metasvc.model import Counter, Ino, Replies, Session, SessionId, SliceRange, VolumeFormat
 from metasvc.store import VolumeStore
-from metasvc.store.tables import COUNTER, SESSION, SUSTAINED
+from metasvc.store.tables import COUNTER, REPLIES, SESSION, SLICE_RANGE, SUSTAINED, Key, Row, Table
 
 INO_STRIDE = 4096
 SLICE_STRIDE = 65_536
@@ -72,6 +74,7 @@ class Engine:
         self._next_ino = 0
         self._next_slice = 0
         self._renewal: asyncio.Task[None] | None = None
+        self._holds = 0
         self._changes_allowed = asyncio.Event()
         self._changes_allowed.set()
 
@@ -85,10 +88,12 @@ class Engine:
         ttl_s: float = OWNER_TTL_S,
         clock_ns: Callable[[], int] = time.time_ns,
         clock_s: Callable[[], float] = boottime_s,
+        keep_sessions: bool = False,
     ) -> Engine:
-        """Acquire a volume, load what stays in memory, and end sessions that a crash left behind.
+        """Acquire a volume, load what stays in memory, and end the sessions of earlier owners.
 
-        NotOwner while another process owns it.
+        With ``keep_sessions`` they stay, with what they sustain and their slice ids: the caller has their clients go on
+        (resume_session), or ends them. NotOwner while another process owns the volume.
         """
         owner = await Owner.acquire(store, address=address, ttl_s=ttl_s, clock_s=clock_s)
         engine = cls(store, owner, memory_bytes=memory_bytes, clock_ns=clock_ns)
@@ -97,8 +102,10 @@ class Engine:
             engine._next_ino = engine._counter(NEXT_INO)
             engine._next_slice = engine._counter(NEXT_SLICE)
             engine._renewal = asyncio.create_task(engine._renew(), name="metasvc-owner")
-            for session in engine.sessions():
-                await engine.end_session(session.session_id)
+            await engine._load_sessions()
+            if not keep_sessions:
+                for session in engine.sessions():
+                    await engine.end_session(session.session_id)
         except BaseException:
             await engine.close()
             raise
@@ -130,6 +137,21 @@ class Engine:
         except AtollError as exc:
             self._fail(exc)
 
+    async def _load_sessions(self) -> None:
+        for session in self.sessions():
+            self._slice_ranges[session.session_id] = []
+        async for row in self._scan(SLICE_RANGE):
+            self._slice_ranges.setdefault(row[0], []).append(range(row[1], row[1] + row[2]))
+        async for row in self._scan(SUSTAINED):
+            self._sustained.add((row[0], row[1]))
+
+    async def _scan(self, table: Table) -> AsyncIterator[Row]:
+        after: Key | None = None
+        while page := await self.store.scan(table, after=after, limit=1000):
+            for row in page:
+                yield row
+            after = table.key_of(page[-1])
+
     def _fail(self, error: AtollError) -> None:
         if self.failure is None:
             self.failure = error
@@ -147,12 +169,17 @@ class Engine:
     # -- running rules --------------------------------------------------------------------------------
 
     async def run(
-        self, rule: Rule, *args: Any, then: Callable[[Any], None] | None = None, even_if_held: bool = False
+        self,
+        rule: Rule,
+        *args: Any,
+        then: Callable[[Any], None] | None = None,
+        record: Callable[[Any], Replies] | None = None,
+        even_if_held: bool = False,
     ) -> Any:
         """Run a rule as one operation; its result once durable. See the module's text.
 
-        ``then`` runs in the same stretch in which the changes come into force. ``even_if_held`` is for the one
-        who holds back the changes of all others.
+        ``then`` runs in the same stretch in which the changes come into force. ``record`` returns a row that becomes durable
+        with the changes, if there are any. ``even_if_held`` is for the one who holds back the changes of all others.
         """
         for attempt in range(MAX_RUNS):
             self._check()
@@ -175,6 +202,9 @@ class Engine:
                 if not (even_if_held or self._changes_allowed.is_set()):
                     await self._changes_allowed.wait()
                     continue
+                if record is not None:
+                    replies = record(result)
+                    changes[REPLIES] = {replies.session_id: replies}
                 batch = self.committer.add(changes, tx.fresh)
                 for key, row in changes.get(SUSTAINED, {}).items():
                     (self._sustained.discard if row is None else self._sustained.add)(key)
@@ -191,13 +221,17 @@ class Engine:
         self._check()
         await self.committer.flush()
 
-    def hold_changes(self) -> None:
-        """Let operations that change something wait (for an exact check). Reads go on."""
+    @contextmanager
+    def changes_held(self) -> Iterator[None]:
+        """Let operations that change something wait until the block ends, and those of other such blocks. Reads go on."""
+        self._holds += 1
         self._changes_allowed.clear()
-
-    def allow_changes(self) -> None:
-        """End hold_changes()."""
-        self._changes_allowed.set()
+        try:
+            yield
+        finally:
+            self._holds -= 1
+            if not self._holds:
+                self._changes_allowed.set()
 
     # -- what rules ask (tx.Surroundings) --------------------------------------------------------------
 
@@ -223,13 +257,13 @@ class Engine:
 
     # -- sessions ---------------------------------------------------------------------------------------
 
-    async def begin_session(self, *, host: str, pid: int, mountpoint: str) -> SessionId:
+    async def begin_session(self, *, host: str, pid: int, mountpoint: str, secret: bytes = b"") -> SessionId:
         """Register a session, durably, so that what it leaves behind can be cleaned up."""
 
         def begin(tx: Tx) -> SessionId:
             tx.count(NEXT_SESSION, 1)
             session_id = SessionId(tx.counter(NEXT_SESSION))
-            tx.put(SESSION, Session(session_id, host, pid, mountpoint, tx.now_ns))
+            tx.put(SESSION, Session(session_id, host, pid, mountpoint, tx.now_ns, secret))
             return session_id
 
         session_id: SessionId = await self.run(begin)
@@ -237,16 +271,42 @@ class Engine:
         return session_id
 
     async def end_session(self, session_id: SessionId) -> None:
-        """End a session: its opens, what it sustained, its slice ids."""
-        for ino, holders in list(self._opens.items()):
-            if holders.pop(session_id, None) is not None and not holders:
-                del self._opens[ino]
-                self.reservations.release(ino)
+        """End a session: its opens, what it sustained, its slice ids, which nobody may commit from now on."""
         self._slice_ranges.pop(session_id, None)
+        await self._let_go(session_id, [ino for ino, holders in self._opens.items() if session_id in holders])
         sustained = await self.run(lambda tx: list(tx.group(SUSTAINED, session_id)))
         for ino in sustained:
             await self.run(self._release_rule, session_id, ino)
-        await self.run(lambda tx: tx.delete(SESSION, session_id))
+
+        def end(tx: Tx) -> None:
+            for first in tx.group(SLICE_RANGE, session_id):
+                tx.delete(SLICE_RANGE, (session_id, first))
+            tx.delete(REPLIES, session_id)
+            tx.delete(SESSION, session_id)
+
+        await self.run(end)
+
+    async def resume_session(self, session_id: SessionId, opens: Mapping[Ino, int]) -> None:
+        """Go on with a session whose client says how often it has which inodes open: that is true, whatever was believed.
+
+        Call while no operation of the session runs. What it sustained and has not open any more is let go.
+        """
+        believed = {ino for ino, holders in self._opens.items() if session_id in holders}
+        sustained = {ino for holder, ino in self._sustained if holder == session_id}
+        for ino, count in opens.items():
+            self._opens.setdefault(ino, {})[session_id] = count
+        await self._let_go(session_id, sorted((believed | sustained) - opens.keys()))
+
+    async def _let_go(self, session_id: SessionId, inos: Sequence[Ino]) -> None:
+        """Forget that a session has inodes open, however often."""
+        for ino in inos:
+            holders = self._opens.get(ino)
+            if holders is not None and holders.pop(session_id, None) is not None and not holders:
+                del self._opens[ino]
+                self.reservations.release(ino)
+        for ino in inos:
+            if (session_id, ino) in self._sustained:
+                await self.run(self._release_rule, session_id, ino, even_if_held=True)
 
     def _release_rule(self, tx: Tx, session_id: SessionId, ino: Ino) -> None:
         content.release(tx, session_id, ino, last=not self._opens.get(ino))
@@ -282,15 +342,28 @@ class Engine:
             have = row.value if row else 0
             if first + count > have:
                 tx.count(NEXT_SLICE, max(SLICE_STRIDE, first + count - have))
+            for ids in self._slice_ranges.get(session_id, ()):
+                if first in ids:
+                    tx.put(SLICE_RANGE, SliceRange(session_id, ids.start, len(ids)))
+                    return
+            refuse(errno.ESTALE, "the session has ended")
 
+        ranges = self._slice_ranges.get(session_id)
+        if ranges is None:
+            raise FsError(errno.ESTALE, "the session has ended")
+        # In memory before it is durable: the ids are pending, though nobody has them yet. Neighbours make one run.
+        start = ranges.pop().start if ranges and ranges[-1].stop == first else first
+        ranges.append(range(start, first + count))
         await self.run(take)
-        ids = range(first, first + count)
-        self._slice_ranges[session_id].append(ids)
-        return ids
+        return range(first, first + count)
 
     def is_pending(self, slice_id: SliceId) -> bool:
         """Return whether a live session holds this slice id and may still commit it."""
-        return any(slice_id in ids for ranges in self._slice_ranges.values() for ids in ranges)
+        return any(self.may_commit(session_id, slice_id) for session_id in self._slice_ranges)
+
+    def may_commit(self, session_id: SessionId, slice_id: SliceId) -> bool:
+        """Return whether this slice id was handed out to this session, which lives."""
+        return any(slice_id in ids for ids in reversed(self._slice_ranges.get(session_id, ())))
 
     async def put_format(self, volume_format: VolumeFormat) -> None:
         """Replace the volume's format, durably."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno as E
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,6 +23,7 @@ from metasvc.model import (
     Inode,
     OpenFile,
     RenameFlags,
+    Replies,
     SessionId,
     SetAttr,
     StatFs,
@@ -63,6 +64,10 @@ class EngineSession:
     def session_id(self) -> SessionId:
         return self._session_id
 
+    def _recorder(self, caller: Caller) -> Callable[[Any], Replies] | None:
+        """Return what makes, of the result of a request, the row that is to be durable with its changes. Here: none."""
+        return None
+
     # -- names ----------------------------------------------------------------------------------------
 
     async def lookup(self, parent: Ino, name: bytes) -> Inode:
@@ -93,7 +98,7 @@ class EngineSession:
         def rule(tx: Tx) -> Inode:
             return namespace.make(tx, caller, parent, name, mode=mode, rdev=rdev)
 
-        inode: Inode = await self._run(rule)
+        inode: Inode = await self._run(rule, record=self._recorder(caller))
         return inode
 
     async def mkdir(self, caller: Caller, parent: Ino, name: bytes, *, mode: int) -> Inode:
@@ -103,7 +108,7 @@ class EngineSession:
         def rule(tx: Tx) -> Inode:
             return namespace.make(tx, caller, parent, name, mode=0o120777, target=target)
 
-        inode: Inode = await self._run(rule)
+        inode: Inode = await self._run(rule, record=self._recorder(caller))
         return inode
 
     async def readlink(self, ino: Ino) -> bytes:
@@ -111,24 +116,28 @@ class EngineSession:
         return target
 
     async def link(self, caller: Caller, ino: Ino, parent: Ino, name: bytes) -> Inode:
-        inode: Inode = await self._run(namespace.link, ino, parent, name)
+        inode: Inode = await self._run(namespace.link, ino, parent, name, record=self._recorder(caller))
         return inode
 
     async def unlink(self, caller: Caller, parent: Ino, name: bytes) -> None:
-        await self._run(namespace.unlink, caller, parent, name)
+        await self._run(namespace.unlink, caller, parent, name, record=self._recorder(caller))
 
     async def rmdir(self, caller: Caller, parent: Ino, name: bytes) -> None:
-        await self._run(namespace.rmdir, caller, parent, name)
+        await self._run(namespace.rmdir, caller, parent, name, record=self._recorder(caller))
 
     async def rename(
         self, caller: Caller, parent: Ino, name: bytes, new_parent: Ino, new_name: bytes, *, flags: RenameFlags
     ) -> None:
-        await self._run(namespace.rename, caller, parent, name, new_parent, new_name, flags)
+        await self._run(
+            namespace.rename, caller, parent, name, new_parent, new_name, flags, record=self._recorder(caller)
+        )
 
     # -- attributes -----------------------------------------------------------------------------------
 
     async def setattr(self, caller: Caller, ino: Ino, changes: SetAttr) -> Inode:
-        inode: Inode = await self._run(attributes.setattr, caller, ino, changes, then=self._resized)
+        inode: Inode = await self._run(
+            attributes.setattr, caller, ino, changes, then=self._resized, record=self._recorder(caller)
+        )
         return inode
 
     def _resized(self, result: Any) -> None:
@@ -144,10 +153,10 @@ class EngineSession:
         return names
 
     async def setxattr(self, caller: Caller, ino: Ino, name: bytes, value: bytes, *, flags: int) -> None:
-        await self._run(attributes.setxattr, ino, name, value, flags)
+        await self._run(attributes.setxattr, ino, name, value, flags, record=self._recorder(caller))
 
     async def removexattr(self, caller: Caller, ino: Ino, name: bytes) -> None:
-        await self._run(attributes.removexattr, ino, name)
+        await self._run(attributes.removexattr, ino, name, record=self._recorder(caller))
 
     async def statfs(self, ino: Ino) -> StatFs:
         answer: StatFs = await self._run(statfs, ino)
@@ -178,7 +187,7 @@ class EngineSession:
             made = namespace.make(tx, caller, parent, name, mode=0o100000 | (mode & 0o7777))
             return OpenFile(made, FileMap(0, [], {}, 0, MAX_FILE_BYTES))
 
-        answer: OpenFile = await self._run(rule, then=self._opened)
+        answer: OpenFile = await self._run(rule, then=self._opened, record=self._recorder(caller))
         return answer
 
     async def release(self, ino: Ino) -> None:
@@ -196,11 +205,19 @@ class EngineSession:
         return granted
 
     async def commit(self, caller: Caller, ino: Ino, commit: Commit) -> Inode:
-        inode: Inode = await self._run(content.commit, caller, ino, commit, then=self._resized)
+        engine, session_id = self._engine, self._session_id
+
+        def rule(tx: Tx) -> Inode:
+            # In the rule: a session that ends meanwhile must not commit what is garbage from then on.
+            if not all(engine.may_commit(session_id, written.slice_id) for written in commit.slices):
+                refuse(E.ESTALE, "the session that these slices were written in has ended")
+            return content.commit(tx, caller, ino, commit)
+
+        inode: Inode = await self._run(rule, then=self._resized, record=self._recorder(caller))
         return inode
 
     async def punch(self, caller: Caller, ino: Ino, *, start: int, end: int) -> OpenFile:
-        answer: OpenFile = await self._run(content.punch, caller, ino, start, end)
+        answer: OpenFile = await self._run(content.punch, caller, ino, start, end, record=self._recorder(caller))
         return answer
 
     async def copy_range(
@@ -210,7 +227,15 @@ class EngineSession:
             self._resized(result[1])
 
         answer: tuple[int, OpenFile] = await self._run(
-            content.copy_range, caller, source, start, target, target_start, length, then=resized
+            content.copy_range,
+            caller,
+            source,
+            start,
+            target,
+            target_start,
+            length,
+            then=resized,
+            record=self._recorder(caller),
         )
         return answer
 

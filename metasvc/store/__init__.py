@@ -129,6 +129,22 @@ class Store(Protocol):
         """
         ...
 
+    async def setting(self, name: str) -> bytes | None:
+        """Return what is kept under a name for all processes that use the database; None if there is nothing."""
+        ...
+
+    async def create_setting(self, name: str, value: bytes) -> bool:
+        """Keep a value under a name, durably, unless there is one; whether it is this one now."""
+        ...
+
+    async def add_tenant(self, name: str, *, created_ns: int) -> bool:
+        """Make a tenant, durably; False if there is one of that name."""
+        ...
+
+    async def tenants(self) -> Sequence[str]:
+        """Return the names of all tenants that were made, in order."""
+        ...
+
     async def close(self) -> None:
         """Close the connection to the database."""
         ...

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from metasvc.api.volume_format import check_same_volume, dump_format, parse_format
 from metasvc.errors import Fenced, NotOwner, StoreError, VolumeExists, VolumeMissing
 from metasvc.model import Dentry, Inode, VolumeFormat
 from metasvc.store import Loaded, Ownership
 from metasvc.store.tables import DENTRY, INODE, TABLES, Batch, Key, Row, Table
-from metasvc.store.volume_format import check_same_volume, dump_format, parse_format
 
 __all__ = ["MemoryStore"]
 
@@ -225,6 +225,8 @@ class MemoryStore:
         """``clock`` gives the seconds by which ownership expires."""
         self._clock = clock
         self._volumes: dict[tuple[str, str], _Volume] = {}
+        self._settings: dict[str, bytes] = {}
+        self._tenants: dict[str, int] = {}
 
     async def create_volume(self, volume_format: VolumeFormat, rows: Batch) -> None:
         address = (volume_format.tenant, volume_format.name)
@@ -245,6 +247,24 @@ class MemoryStore:
         volume.check_unowned(now=self._clock())
         volume.deleted = True
         del self._volumes[tenant, name]
+
+    async def setting(self, name: str) -> bytes | None:
+        return self._settings.get(name)
+
+    async def create_setting(self, name: str, value: bytes) -> bool:
+        if name in self._settings:
+            return False
+        self._settings[name] = value
+        return True
+
+    async def add_tenant(self, name: str, *, created_ns: int) -> bool:
+        if name in self._tenants:
+            return False
+        self._tenants[name] = created_ns
+        return True
+
+    async def tenants(self) -> Sequence[str]:
+        return sorted(self._tenants)
 
     async def close(self) -> None:
         """Do nothing: the volumes end with the object."""

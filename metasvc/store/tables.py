@@ -19,6 +19,8 @@ session           session_id                  each client that is, or was, mount
 sustained         (session_id, ino)           each nameless inode that a session has open
 trashed           trash_id                    each removed name in the trash, ids in order of time
 garbage           slice_id                    each slice whose objects are to be deleted
+slice_range       (session_id, first)         each run of slice ids that a session may commit
+replies           session_id                  each session over the wire that changed something
 quota             ino                         each directory with a quota
 counter           name                        each counter: used_bytes, used_inodes, next_ino …
 ================  ==========================  ==========================================================
@@ -29,7 +31,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from metasvc.model import Chunk, Counter, Dentry, Garbage, Inode, Link, Quota, Session, Slice, Sustained, Trashed, Xattr
+from metasvc.model import (
+    Chunk,
+    Counter,
+    Dentry,
+    Garbage,
+    Inode,
+    Link,
+    Quota,
+    Replies,
+    Session,
+    Slice,
+    SliceRange,
+    Sustained,
+    Trashed,
+    Xattr,
+)
 
 Key = tuple[Any, ...]
 """The key columns of a row, in order: one or two values."""
@@ -74,7 +91,25 @@ GARBAGE: Final = _table("garbage", Garbage, 1)
 QUOTA: Final = _table("quota", Quota, 1)
 COUNTER: Final = _table("counter", Counter, 1)
 
-TABLES: Final = (INODE, DENTRY, CHUNK, SLICE, XATTR, LINK, SESSION, SUSTAINED, TRASHED, GARBAGE, QUOTA, COUNTER)
+SLICE_RANGE: Final = _table("slice_range", SliceRange, 2)
+REPLIES: Final = _table("replies", Replies, 1)
+
+TABLES: Final = (
+    INODE,
+    DENTRY,
+    CHUNK,
+    SLICE,
+    XATTR,
+    LINK,
+    SESSION,
+    SUSTAINED,
+    TRASHED,
+    GARBAGE,
+    QUOTA,
+    COUNTER,
+    SLICE_RANGE,
+    REPLIES,
+)
 
 
 class Batch(NamedTuple):

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final, Self
 
+from metasvc.api.volume_format import dump_format, parse_format
 from metasvc.errors import StoreError, VolumeExists, VolumeMissing
 from metasvc.model import VolumeFormat
 from metasvc.store.sqlite.database import connect_reader, connect_writer, prepare, transaction
@@ -29,7 +30,6 @@ from metasvc.store.sqlite.rows import apply_batch, delete_some_rows
 from metasvc.store.sqlite.threads import CALL_DEADLINE_S, ConnectionThreads
 from metasvc.store.sqlite.volume import SqliteVolume
 from metasvc.store.tables import Batch
-from metasvc.store.volume_format import dump_format, parse_format
 
 __all__ = ["SqliteStore"]
 
@@ -97,6 +97,20 @@ class SqliteStore:
             # Writers of other processes poll for the lock: leave it free half of the time.
             await asyncio.sleep(_DELETE_PAUSE_S)
 
+    async def setting(self, name: str) -> bytes | None:
+        return await self._readers.call(_setting, name)
+
+    async def create_setting(self, name: str, value: bytes) -> bool:
+        sql = "INSERT OR IGNORE INTO setting (name, value) VALUES (?, ?)"
+        return bool(await self._writer.call(_count_changed, sql, (name, value)))
+
+    async def add_tenant(self, name: str, *, created_ns: int) -> bool:
+        sql = "INSERT OR IGNORE INTO tenant (name, created_ns) VALUES (?, ?)"
+        return bool(await self._writer.call(_count_changed, sql, (name, created_ns)))
+
+    async def tenants(self) -> Sequence[str]:
+        return await self._readers.call(_tenants)
+
     async def close(self) -> None:
         """Close all handles and the threads' connections; the last connection to the file empties the log into it."""
         try:
@@ -118,6 +132,21 @@ def _create_volume(connection: sqlite3.Connection, volume_format: VolumeFormat, 
         )
         assert added.lastrowid is not None
         apply_batch(connection, added.lastrowid, rows)
+
+
+def _setting(connection: sqlite3.Connection, name: str) -> bytes | None:
+    row = connection.execute("SELECT value FROM setting WHERE name = ?", (name,)).fetchone()
+    return None if row is None else bytes(row[0])
+
+
+def _tenants(connection: sqlite3.Connection) -> list[str]:
+    return [name for (name,) in connection.execute("SELECT name FROM tenant ORDER BY name").fetchall()]
+
+
+def _count_changed(connection: sqlite3.Connection, sql: str, values: tuple[object, ...]) -> int:
+    """Run a statement that changes rows, durably; how many."""
+    with transaction(connection):
+        return connection.execute(sql, values).rowcount
 
 
 def _find_volume(connection: sqlite3.Connection, tenant: str, name: str) -> tuple[int, str]:

@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Callable
 from typing import Final, TypeVar, TypeVarTuple
 
+from metasvc.api.volume_format import check_same_volume, dump_format
 from metasvc.errors import StoreError
 from metasvc.model import Dentry, Inode, VolumeFormat
 from metasvc.store import Loaded, Ownership
@@ -15,7 +16,6 @@ from metasvc.store.sqlite.owner_lock import OwnerLock
 from metasvc.store.sqlite.rows import load_rows, scan_directory, scan_table
 from metasvc.store.sqlite.threads import ConnectionThreads
 from metasvc.store.tables import Batch, Key, Row, Table
-from metasvc.store.volume_format import check_same_volume, dump_format
 
 __all__ = ["SqliteVolume"]
 

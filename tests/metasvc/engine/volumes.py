@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from chunkstore.geometry import SliceId
+from metasvc.api import MetaClient
+from metasvc.api.admin import MetaAdmin
 from metasvc.engine import Engine, EngineAdmin, EngineSession, first_rows
 from metasvc.model import Caller, Commit, FileMap, Ino, Inode, SliceKind, SliceRef, VolumeFormat, WrittenSlice
 from metasvc.store import Store, VolumeStore
@@ -42,10 +44,10 @@ async def format_volume(store: Store, **changes: Any) -> VolumeStore:
 class Opened:
     """An engine with one session, and shorthands."""
 
-    def __init__(self, engine: Engine, session: EngineSession) -> None:
+    def __init__(self, engine: Engine, session: MetaClient, admin: MetaAdmin) -> None:
         self.engine = engine
         self.meta = session
-        self.admin = EngineAdmin(engine)
+        self.admin = admin
         self._slice_ids: list[int] = []
 
     async def slice_id(self) -> SliceId:
@@ -86,11 +88,25 @@ def fill(content: bytearray, part: FileMap) -> None:
         content[ref.offset : ref.end] = data[ref.slice_offset : ref.slice_offset + ref.length]
 
 
+class Way:
+    """How the volumes of a test are reached: directly, or over the wire (tests/metasvc/engine/conftest.py)."""
+
+    over_the_wire = False
+
+
 @contextlib.asynccontextmanager
 async def opened(store: VolumeStore, **options: Any) -> AsyncIterator[Opened]:
     """Open a volume with one session; at the end fsck must find nothing."""
+    if Way.over_the_wire:
+        from tests.metasvc.server.served import connected, served
+
+        async with served(store, **options) as service, connected(service) as client:
+            volume = Opened((await service.volume()).engine, client.meta, client.admin)
+            yield volume
+            assert await volume.problems() == []
+        return
     async with await Engine.open(store, address="test", **options) as engine:
         async with await EngineSession.begin(engine, host="test", pid=1) as session:
-            volume = Opened(engine, session)
+            volume = Opened(engine, session, EngineAdmin(engine))
             yield volume
         assert await volume.problems() == []

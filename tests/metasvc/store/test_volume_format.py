@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from metasvc.api.volume_format import dump_format, parse_format
 from metasvc.errors import SchemaTooNew, StoreError
 from metasvc.model import VolumeFormat
-from metasvc.store.volume_format import dump_format, parse_format
 from tests.metasvc.store.rows_of import volume_format
 
 VERSION_1 = (

@@ -1,0 +1,447 @@
+"""One session over streams that come and go.
+
+Owns the stream, the requests without a reply, and what the session has open. Must not know what operations mean, but for the
+three that open and release.
+
+While the service is away, requests wait; when it is back the session goes on there: Hello says what is open, and everything
+without a reply is sent again under its old number, in order. The service applies it once. A request that waited for
+`timeout_s` fails with EIO, as does everything new until the service is back.
+
+A session that the service has ended (it heard nothing for too long, or lost its store) cannot go on. Another one is begun:
+requests that change something fail with ESTALE, because nobody can know whether they were applied; reads are asked again; what
+was open is registered anew, as far as it still exists. Slice ids of the old session are worthless then, which users of this
+see by the session's number.
+
+Interleavings. All state belongs to the event loop. One task (`_run`) connects and reconnects. While a stream stands it has three
+children: a writer (requests that wait go out together), a reader (the only one that completes requests and counts opens, so
+that at any moment the opens are exactly those of the replies that came), and one that asks for signs of life and looks for
+silence. Only the writer writes: gRPC allows one write at a time. A caller that is cancelled leaves its request behind: its
+reply still comes, and if it opened something that is released.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import time
+from collections import Counter
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+
+from chunkstore.errors import AtollError
+from client.meta.channel import Endpoint, ServiceUnavailable, SessionEnded
+from metasvc.api import atoll_pb2 as pb
+from metasvc.api import wire
+from metasvc.api.volume_format import parse_format
+from metasvc.errors import FsError
+from metasvc.model import Ino, SessionId, VolumeFormat
+
+PROTOCOL: Final = 1
+HELLO_S: Final = 20.0
+"""How long the service may take to answer Hello: it may wait for requests of the session that are under way."""
+SILENCE: Final = 5
+"""A stream on which nothing came for so many signs of life is given up."""
+FIRST_DELAY_S: Final = 0.05
+MAX_DELAY_S: Final = 1.0
+_BATCH_BYTES: Final = 4 * 1024 * 1024
+_GOODBYE_S: Final = 10.0
+_OPENING: Final = frozenset({"open", "create"})
+_CHANGING: Final = frozenset(
+    {
+        "mknod",
+        "symlink",
+        "link",
+        "unlink",
+        "rmdir",
+        "rename",
+        "setattr",
+        "setxattr",
+        "removexattr",
+        "create",
+        "commit",
+        "punch",
+        "copy_range",
+        "allocate_slices",
+    }
+)
+log = logging.getLogger(__name__)
+
+Stream = grpc.aio.StreamStreamCall[bytes, bytes]
+
+
+class _Pending:
+    """A request without a reply."""
+
+    __slots__ = ("began_s", "future", "name", "request")
+
+    def __init__(self, request: pb.Request, name: str) -> None:
+        self.request = request
+        self.name = name
+        self.began_s = time.monotonic()
+        self.future: asyncio.Future[pb.Reply] = asyncio.get_running_loop().create_future()
+
+
+class SessionConnection:
+    """A session of one volume. Open it once, close it once."""
+
+    def __init__(
+        self, endpoint: Endpoint, volume: str, *, host: str, pid: int, mountpoint: str, timeout_s: float
+    ) -> None:
+        """``volume`` is TENANT/NAME. ``timeout_s``: how long requests wait for a service that is away."""
+        self._endpoint = endpoint
+        self._volume = volume
+        self._hello = pb.Hello(protocol=PROTOCOL, host=host, pid=pid, mountpoint=mountpoint)
+        self._timeout_s = timeout_s
+        self._channel: grpc.aio.Channel | None = None
+        self._welcome = pb.Welcome()
+        self._format: VolumeFormat | None = None
+        self._next = 1
+        self._pending: dict[int, _Pending] = {}
+        self._outgoing: list[pb.Request] = []
+        self._opens: Counter[Ino] = Counter()
+        self._sign_is_due = False
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+        self._heard_s = 0.0
+        self._away_since_s: float | None = time.monotonic()
+        self._is_ending = False
+        self._failure: AtollError | None = None
+        self._over: AtollError | None = None
+        """Set for good when the session is closed or refused."""
+        self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._task: asyncio.Task[None] | None = None
+        self.messages_sent = 0
+        self.messages_received = 0
+        self.requests = 0
+        self.reconnections = 0
+
+    @property
+    def session_id(self) -> SessionId:
+        """Return the session's number; another one after the service has ended the session."""
+        return SessionId(self._welcome.session_id)
+
+    @property
+    def format(self) -> VolumeFormat:
+        """Return the volume's format, as the service said when it was last connected."""
+        assert self._format is not None, "open() has not returned yet"
+        return self._format
+
+    @property
+    def is_connected(self) -> bool:
+        """Return whether a stream stands now."""
+        return self._away_since_s is None
+
+    async def open(self, *, timeout_s: float) -> None:
+        """Connect and begin a session. ServiceUnavailable after so long; what the service refuses at once."""
+        self._channel = self._endpoint.channel()
+        self._task = asyncio.create_task(self._run(), name=f"session at {self._endpoint}")
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.shield(self._opened)
+        except TimeoutError:
+            failure = self._failure or ServiceUnavailable(f"the service at {self._endpoint} does not answer")
+            await self._end()
+            raise failure from None
+        except BaseException:
+            await self._end()
+            raise
+
+    async def close(self) -> None:
+        """End the session, if the service can be reached; else it ends by itself. Pending requests fail."""
+        self._is_ending = True
+        self._wake.set()
+        if self._task is not None and self.is_connected:
+            await asyncio.wait([self._task], timeout=_GOODBYE_S)
+        await self._end()
+
+    async def _end(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._opened.done() and not self._opened.cancelled():
+            self._opened.exception()
+        if self._over is None:
+            self._over = ServiceUnavailable("the session with the metadata service was closed", retryable=False)
+        self._fail_all(self._over)
+        if self._channel is not None:
+            await self._channel.close()
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    async def call(self, name: str, operation: Any) -> pb.Reply:
+        """Send one operation and return its reply. Raises what the operation raised, or EIO when the time is up."""
+        while len(self._pending) >= self._welcome.max_outstanding:
+            self._room.clear()
+            await self._room.wait()
+        if self._over is not None:
+            raise self._over
+        if self._away_since_s is not None and time.monotonic() - self._away_since_s > self._timeout_s:
+            raise self._too_long()
+        request = pb.Request(number=self._next, **{name: operation})
+        self._next += 1
+        self.requests += 1
+        pending = self._pending[request.number] = _Pending(request, name)
+        self._outgoing.append(request)
+        self._wake.set()
+        reply = await pending.future
+        if reply.HasField("failure"):
+            raise wire.error_of(reply.failure)
+        return reply
+
+    def _too_long(self) -> AtollError:
+        return ServiceUnavailable(
+            f"the service at {self._endpoint} was away for more than {self._timeout_s:.0f} s", retryable=False
+        )
+
+    def _take(self, number: int) -> _Pending | None:
+        pending = self._pending.pop(number, None)
+        if pending is not None:
+            self._room.set()
+        return pending
+
+    def _fail_all(self, error: AtollError) -> None:
+        for number in list(self._pending):
+            self._fail(number, error)
+
+    def _fail(self, number: int, error: AtollError) -> None:
+        pending = self._take(number)
+        if pending is not None and not pending.future.done():
+            pending.future.set_exception(error)
+
+    def _receive(self, reply: pb.Reply) -> None:
+        """Complete a request. The one place that counts opens."""
+        pending = self._take(reply.number)
+        if pending is None:
+            return
+        if not reply.HasField("failure"):
+            if pending.name in _OPENING:
+                ino = Ino(reply.inodes.ino[0])
+                self._opens[ino] += 1
+                if pending.future.cancelled():
+                    # Nobody will release it.
+                    self._send_release(ino)
+            elif pending.name == "release":
+                self._released(Ino(pending.request.release.ino))
+        if not pending.future.done():
+            pending.future.set_result(reply)
+
+    def _send_release(self, ino: Ino) -> None:
+        request = pb.Request(number=self._next, release=pb.Release(ino=ino))
+        self._next += 1
+        pending = self._pending[request.number] = _Pending(request, "release")
+        pending.future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._outgoing.append(request)
+        self._wake.set()
+
+    def _released(self, ino: Ino) -> None:
+        self._opens[ino] -= 1
+        if self._opens[ino] <= 0:
+            del self._opens[ino]
+
+    # -- the stream ---------------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        """Keep a stream standing until the session is closed or the service refuses it for good."""
+        delay_s = FIRST_DELAY_S
+        sweeper = asyncio.create_task(self._sweep(), name="time limits of requests")
+        try:
+            while True:
+                began_s = time.monotonic()
+                try:
+                    await self._stand()
+                    return
+                except grpc.aio.AioRpcError as rpc_error:
+                    error = self._endpoint.error(rpc_error)
+                except TimeoutError:
+                    error = ServiceUnavailable(f"the service at {self._endpoint} says nothing")
+                except AtollError as told:
+                    error = told
+                if self._is_ending:
+                    return
+                if self._away_since_s is None:
+                    self._away_since_s = time.monotonic()
+                    self.reconnections += 1
+                    log.warning("%s; trying again", error)
+                self._failure = error
+                if isinstance(error, SessionEnded):
+                    self._begin_anew(error)
+                elif not error.retryable:
+                    self._refused(error)
+                    return
+                delay_s = FIRST_DELAY_S if time.monotonic() - began_s > MAX_DELAY_S else min(MAX_DELAY_S, delay_s * 2)
+                await asyncio.sleep(delay_s)
+        finally:
+            sweeper.cancel()
+            await asyncio.gather(sweeper, return_exceptions=True)
+
+    def _refused(self, error: AtollError) -> None:
+        """Fail for good."""
+        self._over = error
+        if not self._opened.done():
+            self._opened.set_exception(error)
+        else:
+            log.error("%s: the session is over", error)
+        self._fail_all(error)
+
+    def _begin_anew(self, error: AtollError) -> None:
+        """Give up a session that the service has ended; the next stream begins another."""
+        log.warning("session %d of volume %s: %s", self.session_id, self._volume, error)
+        self._hello.session_id = 0
+        self._hello.secret = b""
+        for number, pending in list(self._pending.items()):
+            if pending.name in _CHANGING:
+                self._fail(number, FsError(errno.ESTALE, "the session with the metadata service had ended"))
+
+    async def _stand(self) -> None:
+        """Open a stream and serve it to its end; returns if that was our goodbye."""
+        assert self._channel is not None
+        method: Any = self._channel.stream_stream("/atoll.v1.Volume/Session")
+        stream: Stream = method(metadata=self._endpoint.metadata(self._volume))
+        try:
+            self._heard_s = time.monotonic()
+            async with asyncio.timeout(HELLO_S):
+                await self._greet(stream)
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    reader = tasks.create_task(self._read(stream), name="reader")
+                    others = [
+                        tasks.create_task(self._write(stream), name="writer"),
+                        tasks.create_task(self._live(stream), name="signs of life"),
+                    ]
+                    await asyncio.wait([reader])
+                    for task in others:
+                        task.cancel()
+            except BaseExceptionGroup as group:
+                raise _first(group) from group
+        finally:
+            stream.cancel()
+
+    async def _greet(self, stream: Stream) -> None:
+        hello = self._hello
+        del hello.open_inos[:]
+        del hello.open_counts[:]
+        hello.open_inos.extend(self._opens)
+        hello.open_counts.extend(self._opens.values())
+        await stream.write(pb.FromClient(hello=hello, confirmed=self._confirmed()).SerializeToString())
+        data = await stream.read()
+        if not isinstance(data, bytes):
+            await _raise_status(stream)
+            raise ServiceUnavailable(f"the service at {self._endpoint} ended the stream")
+        welcome = pb.FromService.FromString(data).welcome
+        is_new = welcome.session_id != self._hello.session_id
+        self._format = parse_format(welcome.format.json)
+        self._welcome = welcome
+        hello.session_id, hello.secret = welcome.session_id, welcome.secret
+        if is_new and self._opens:
+            self._register_opens()
+        self._away_since_s = None
+        self._failure = None
+        self._outgoing = [pending.request for pending in self._pending.values()]
+        self._wake.set()
+        self._room.set()
+        if self._opened.done():
+            log.warning("connected to the service at %s again, session %d", self._endpoint, welcome.session_id)
+        else:
+            self._opened.set_result(None)
+
+    def _register_opens(self) -> None:
+        """Open again, in a new session, what was open in the one that ended; what is gone is gone."""
+        opens, self._opens = self._opens, Counter()
+        for ino, count in opens.items():
+            for _ in range(count):
+                request = pb.Request(number=self._next, open=pb.Open(ino=ino))
+                self._next += 1
+                pending = self._pending[request.number] = _Pending(request, "open")
+                pending.future.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    def _confirmed(self) -> int:
+        return next(iter(self._pending), self._next)
+
+    async def _write(self, stream: Stream) -> None:
+        while not (self._is_ending and not self._pending):
+            await self._wake.wait()
+            self._wake.clear()
+            while self._outgoing or self._sign_is_due:
+                self._sign_is_due = False
+                message = pb.FromClient(requests=self._batch(), confirmed=self._confirmed())
+                if not await _written(stream, message):
+                    return
+                self.messages_sent += 1
+        if await _written(stream, pb.FromClient(confirmed=self._confirmed(), goodbye=True)):
+            await stream.done_writing()
+
+    def _batch(self) -> list[pb.Request]:
+        """Take requests that go out in one message."""
+        waiting = self._outgoing
+        if len(waiting) == 1:
+            self._outgoing = []
+            return waiting
+        size_bytes = count = 0
+        while count < len(waiting) and size_bytes < _BATCH_BYTES:
+            size_bytes += waiting[count].ByteSize()
+            count += 1
+        self._outgoing = waiting[count:]
+        return waiting[:count]
+
+    async def _read(self, stream: Stream) -> None:
+        while True:
+            data = await stream.read()
+            if not isinstance(data, bytes):
+                await _raise_status(stream)
+                if self._is_ending:
+                    return
+                raise ServiceUnavailable(f"the service at {self._endpoint} ended the stream")
+            self._heard_s = time.monotonic()
+            self.messages_received += 1
+            for reply in pb.FromService.FromString(data).replies:
+                self._receive(reply)
+            if self._is_ending and not self._pending:
+                self._wake.set()
+
+    async def _live(self, stream: Stream) -> None:
+        """Give signs of life, and look for silence."""
+        interval_s = self._welcome.keepalive_s
+        while True:
+            await asyncio.sleep(interval_s)
+            if time.monotonic() - self._heard_s > SILENCE * interval_s:
+                raise ServiceUnavailable(
+                    f"nothing was heard of the service at {self._endpoint} for {SILENCE * interval_s:.0f} s"
+                )
+            self._sign_is_due = True
+            self._wake.set()
+
+    async def _sweep(self) -> None:
+        """Fail requests whose time is up."""
+        while True:
+            await asyncio.sleep(min(1.0, self._timeout_s / 4))
+            late_s = time.monotonic() - self._timeout_s
+            for number, pending in list(self._pending.items()):
+                if pending.began_s > late_s:
+                    break
+                self._fail(number, self._too_long())
+
+
+async def _written(stream: Stream, message: pb.FromClient) -> bool:
+    """Write a message; False if the stream has ended: its reader learns why."""
+    try:
+        await stream.write(message.SerializeToString())
+    except asyncio.InvalidStateError:
+        return False
+    return True
+
+
+async def _raise_status(stream: Stream) -> None:
+    """Raise the status with which the service ended a stream, unless it is OK."""
+    status = await stream.code()
+    if status is not grpc.StatusCode.OK:
+        raise grpc.aio.AioRpcError(status, grpc.aio.Metadata(), grpc.aio.Metadata(), details=await stream.details())
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,174 @@
+"""MetaClient over a SessionConnection: what each operation is as a message.
+
+Owns the mapping only; what the operations do is said in metasvc/api.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from client.meta.connection import SessionConnection
+from metasvc.api import atoll_pb2 as pb
+from metasvc.api import wire
+from metasvc.model import (
+    Caller,
+    Commit,
+    DirPage,
+    FileMap,
+    Ino,
+    Inode,
+    OpenFile,
+    RenameFlags,
+    SessionId,
+    SetAttr,
+    StatFs,
+    VolumeFormat,
+)
+
+_INODES_AT_ONCE: Final = 5000
+
+
+class RemoteMeta:
+    """A session with a metadata service: metasvc.api.MetaClient.
+
+    Errors as MetaClient's, and: ServiceUnavailable (EIO) when the service was away for too long, FsError ESTALE for what was
+    under way when the service had ended the session.
+    """
+
+    def __init__(self, connection: SessionConnection) -> None:
+        """Take an open connection."""
+        self._connection = connection
+        self._call = connection.call
+
+    @property
+    def format(self) -> VolumeFormat:
+        return self._connection.format
+
+    @property
+    def session_id(self) -> SessionId:
+        return self._connection.session_id
+
+    # -- names --------------------------------------------------------------------------------------------------------
+
+    async def lookup(self, parent: Ino, name: bytes) -> Inode:
+        return wire.inode_of(await self._call("lookup", pb.Lookup(parent=parent, name=name)))
+
+    async def resolve(self, start: Ino, path: Sequence[bytes]) -> list[Inode]:
+        return wire.inodes_of((await self._call("resolve", pb.Resolve(start=start, path=path))).inodes)
+
+    async def getattr(self, ino: Ino) -> Inode:
+        return wire.inode_of(await self._call("getattr", pb.GetAttr(inos=[ino], one=True)))
+
+    async def getattr_many(self, inos: Sequence[Ino]) -> list[Inode | None]:
+        found: dict[Ino, Inode] = {}
+        for first in range(0, len(inos), _INODES_AT_ONCE):
+            reply = await self._call("getattr", pb.GetAttr(inos=inos[first : first + _INODES_AT_ONCE]))
+            found.update((inode.ino, inode) for inode in wire.inodes_of(reply.inodes))
+        return [found.get(ino) for ino in inos]
+
+    async def readdir(self, ino: Ino, *, after: bytes | None, limit: int) -> DirPage:
+        return wire.page_of(await self._call("readdir", pb.ReadDir(ino=ino, after=after, limit=limit)))
+
+    async def mknod(self, caller: Caller, parent: Ino, name: bytes, *, mode: int, rdev: int = 0) -> Inode:
+        message = pb.MakeNode(caller=wire.caller_message(caller), parent=parent, name=name, mode=mode, rdev=rdev)
+        return wire.inode_of(await self._call("mknod", message))
+
+    async def mkdir(self, caller: Caller, parent: Ino, name: bytes, *, mode: int) -> Inode:
+        return await self.mknod(caller, parent, name, mode=0o040000 | (mode & 0o7777))
+
+    async def symlink(self, caller: Caller, parent: Ino, name: bytes, target: bytes) -> Inode:
+        message = pb.Symlink(caller=wire.caller_message(caller), parent=parent, name=name, target=target)
+        return wire.inode_of(await self._call("symlink", message))
+
+    async def readlink(self, ino: Ino) -> bytes:
+        return (await self._call("readlink", pb.ReadLink(ino=ino))).value
+
+    async def link(self, caller: Caller, ino: Ino, parent: Ino, name: bytes) -> Inode:
+        message = pb.Link(caller=wire.caller_message(caller), ino=ino, parent=parent, name=name)
+        return wire.inode_of(await self._call("link", message))
+
+    async def unlink(self, caller: Caller, parent: Ino, name: bytes) -> None:
+        await self._call("unlink", pb.Unlink(caller=wire.caller_message(caller), parent=parent, name=name))
+
+    async def rmdir(self, caller: Caller, parent: Ino, name: bytes) -> None:
+        await self._call("rmdir", pb.RemoveDir(caller=wire.caller_message(caller), parent=parent, name=name))
+
+    async def rename(
+        self, caller: Caller, parent: Ino, name: bytes, new_parent: Ino, new_name: bytes, *, flags: RenameFlags
+    ) -> None:
+        message = pb.Rename(
+            caller=wire.caller_message(caller),
+            parent=parent,
+            name=name,
+            new_parent=new_parent,
+            new_name=new_name,
+            flags=int(flags),
+        )
+        await self._call("rename", message)
+
+    # -- attributes ---------------------------------------------------------------------------------------------------
+
+    async def setattr(self, caller: Caller, ino: Ino, changes: SetAttr) -> Inode:
+        return wire.inode_of(await self._call("setattr", wire.set_attr_message(caller, ino, changes)))
+
+    async def getxattr(self, ino: Ino, name: bytes) -> bytes:
+        return (await self._call("getxattr", pb.GetXattr(ino=ino, name=name))).value
+
+    async def listxattr(self, ino: Ino) -> list[bytes]:
+        return list((await self._call("listxattr", pb.ListXattr(ino=ino))).names)
+
+    async def setxattr(self, caller: Caller, ino: Ino, name: bytes, value: bytes, *, flags: int) -> None:
+        message = pb.SetXattr(caller=wire.caller_message(caller), ino=ino, name=name, value=value, flags=flags)
+        await self._call("setxattr", message)
+
+    async def removexattr(self, caller: Caller, ino: Ino, name: bytes) -> None:
+        await self._call("removexattr", pb.RemoveXattr(caller=wire.caller_message(caller), ino=ino, name=name))
+
+    async def statfs(self, ino: Ino) -> StatFs:
+        return wire.statfs_of(await self._call("statfs", pb.StatFs(ino=ino)))
+
+    # -- content ------------------------------------------------------------------------------------------------------
+
+    async def open(self, ino: Ino) -> OpenFile:
+        return wire.open_of(await self._call("open", pb.Open(ino=ino)))
+
+    async def create(self, caller: Caller, parent: Ino, name: bytes, *, mode: int, exclusive: bool) -> OpenFile:
+        message = pb.Create(
+            caller=wire.caller_message(caller), parent=parent, name=name, mode=mode, exclusive=exclusive
+        )
+        return wire.open_of(await self._call("create", message))
+
+    async def release(self, ino: Ino) -> None:
+        await self._call("release", pb.Release(ino=ino))
+
+    async def read_map(self, ino: Ino, *, start: int, end: int) -> FileMap:
+        return wire.map_of((await self._call("read_map", pb.ReadMap(ino=ino, start=start, end=end))).map)
+
+    async def allocate_slices(self, count: int) -> range:
+        reply = await self._call("allocate_slices", pb.AllocateSlices(count=count))
+        return range(reply.first, reply.first + reply.count)
+
+    async def reserve(self, ino: Ino, *, end: int) -> int:
+        return (await self._call("reserve", pb.Reserve(ino=ino, end=end))).count
+
+    async def commit(self, caller: Caller, ino: Ino, commit: Commit) -> Inode:
+        return wire.inode_of(await self._call("commit", wire.commit_message(caller, ino, commit)))
+
+    async def punch(self, caller: Caller, ino: Ino, *, start: int, end: int) -> OpenFile:
+        message = pb.Punch(caller=wire.caller_message(caller), ino=ino, start=start, end=end)
+        return wire.open_of(await self._call("punch", message))
+
+    async def copy_range(
+        self, caller: Caller, source: Ino, start: int, target: Ino, target_start: int, length: int
+    ) -> tuple[int, OpenFile]:
+        message = pb.CopyRange(
+            caller=wire.caller_message(caller),
+            source=source,
+            start=start,
+            target=target,
+            target_start=target_start,
+            length=length,
+        )
+        reply = await self._call("copy_range", message)
+        return reply.count, wire.open_of(reply)

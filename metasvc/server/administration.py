@@ -1,0 +1,229 @@
+"""What an administrator asks, as a call of MetaAdmin, and its result as a message.
+
+Owns the mapping only; what the operations do is said in metasvc/api/admin.py. Errors of an operation are part of its answer.
+"""
+
+from __future__ import annotations
+
+import errno as E
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final
+
+from chunkstore.errors import AtollError
+from chunkstore.geometry import SliceId
+from metasvc.api import atoll_pb2 as pb
+from metasvc.api import wire
+from metasvc.api.admin import MetaAdmin
+from metasvc.api.volume_format import dump_format
+from metasvc.errors import FsError
+from metasvc.model import Ino, TrashId
+
+_MAX_ROWS: Final = 5000
+_INT64: Final = 1 << 63
+
+
+def _ino(number: int) -> Ino:
+    if not 0 < number < _INT64:
+        raise FsError(E.ENOENT, "no inode has that number")
+    return Ino(number)
+
+
+def _limit(number: int) -> int:
+    return max(1, min(number, _MAX_ROWS))
+
+
+def _optional(message: Any, name: str) -> Any:
+    return getattr(message, name) if message.HasField(name) else None
+
+
+async def _status(admin: MetaAdmin, _: Any) -> pb.AdminReply:
+    found = await admin.status()
+    status = pb.Status(
+        format=pb.VolumeFormat(json=dump_format(found.format)),
+        epoch=found.epoch,
+        trash_bytes=found.trash_bytes,
+        trash_inodes=found.trash_inodes,
+        garbage_slices=found.garbage_slices,
+        counters=found.counters,
+    )
+    wire.put_row(found.statfs, status.statfs)
+    for session in found.sessions:
+        wire.put_row(session, status.sessions.add())
+    return pb.AdminReply(status=status)
+
+
+async def _resolve(admin: MetaAdmin, asked: pb.AdminResolve) -> pb.AdminReply:
+    reply = pb.AdminReply()
+    wire.put_inodes([await admin.resolve(list(asked.path))], reply.inodes)
+    return reply
+
+
+async def _paths_of(admin: MetaAdmin, asked: pb.PathsOf) -> pb.AdminReply:
+    return pb.AdminReply(paths=await admin.paths_of(_ino(asked.ino), limit=_limit(asked.limit)))
+
+
+async def _usage(admin: MetaAdmin, ino: int) -> pb.AdminReply:
+    reply = pb.AdminReply()
+    wire.put_row(await admin.usage(_ino(ino)), reply.usage)
+    return reply
+
+
+async def _configure(admin: MetaAdmin, asked: pb.Configure) -> pb.AdminReply:
+    found = await admin.configure(
+        capacity_bytes=_optional(asked, "capacity_bytes"),
+        max_inodes=_optional(asked, "max_inodes"),
+        trash_days=_optional(asked, "trash_days"),
+    )
+    return pb.AdminReply(format=pb.VolumeFormat(json=dump_format(found)))
+
+
+async def _quota_set(admin: MetaAdmin, asked: pb.SetQuota) -> pb.AdminReply:
+    reply = pb.AdminReply()
+    found = await admin.quota_set(
+        _ino(asked.ino), max_bytes=_optional(asked, "max_bytes"), max_inodes=_optional(asked, "max_inodes")
+    )
+    wire.put_row(found, reply.quotas.add())
+    return reply
+
+
+async def _quota_remove(admin: MetaAdmin, ino: int) -> pb.AdminReply:
+    await admin.quota_remove(_ino(ino))
+    return pb.AdminReply()
+
+
+async def _quotas(admin: MetaAdmin, _: Any) -> pb.AdminReply:
+    reply = pb.AdminReply()
+    for quota in await admin.quotas():
+        wire.put_row(quota, reply.quotas.add())
+    return reply
+
+
+async def _trash_list(admin: MetaAdmin, asked: pb.TrashList) -> pb.AdminReply:
+    reply = pb.AdminReply()
+    after = TrashId(asked.after) if asked.HasField("after") else None
+    for row in await admin.trash_list(after=after, limit=_limit(asked.limit)):
+        wire.put_row(row, reply.trashed.add())
+    return reply
+
+
+async def _trash_restore(admin: MetaAdmin, asked: pb.TrashRestore) -> pb.AdminReply:
+    path = await admin.trash_restore(wire.caller_of(asked.caller, 0), TrashId(asked.trash_id))
+    return pb.AdminReply(paths=[path])
+
+
+async def _trash_expire(admin: MetaAdmin, asked: pb.TrashExpire) -> pb.AdminReply:
+    return pb.AdminReply(count=await admin.trash_expire(before_ns=asked.before_ns, limit=_limit(asked.limit)))
+
+
+async def _clone(admin: MetaAdmin, asked: pb.Clone) -> pb.AdminReply:
+    reply = pb.AdminReply()
+    found = await admin.clone(wire.caller_of(asked.caller, 0), _ino(asked.source), _ino(asked.parent), asked.name)
+    wire.put_row(found, reply.usage)
+    return reply
+
+
+async def _live_slices(admin: MetaAdmin, asked: pb.LiveSlices) -> pb.AdminReply:
+    reply = pb.AdminReply()
+    after = SliceId(asked.after) if asked.HasField("after") else None
+    for row in await admin.live_slices(after=after, limit=_limit(asked.limit)):
+        wire.put_row(row, reply.slices.add())
+    return reply
+
+
+async def _slice_owner(admin: MetaAdmin, slice_id: int) -> pb.AdminReply:
+    reply = pb.AdminReply()
+    for ino, ref in await admin.slice_owner(SliceId(slice_id)):
+        owner = reply.owners.add(ino=ino)
+        wire.put_row(ref, owner)
+    return reply
+
+
+async def _garbage(admin: MetaAdmin, asked: pb.GarbageList) -> pb.AdminReply:
+    reply = pb.AdminReply()
+    for row in await admin.garbage(before_ns=asked.before_ns, limit=_limit(asked.limit)):
+        wire.put_row(row, reply.garbage.add())
+    return reply
+
+
+async def _garbage_deleted(admin: MetaAdmin, asked: pb.SliceIds) -> pb.AdminReply:
+    await admin.garbage_deleted([SliceId(number) for number in asked.slice_ids])
+    return pb.AdminReply()
+
+
+async def _is_pending(admin: MetaAdmin, slice_id: int) -> pb.AdminReply:
+    return pb.AdminReply(flag=await admin.is_pending(SliceId(slice_id)))
+
+
+async def _compaction_candidates(admin: MetaAdmin, limit: int) -> pb.AdminReply:
+    reply = pb.AdminReply()
+    for ino, chunk in await admin.compaction_candidates(limit=_limit(limit)):
+        reply.chunks.add(ino=ino, chunk=chunk)
+    return reply
+
+
+async def _replace_refs(admin: MetaAdmin, asked: pb.ReplaceRefs) -> pb.AdminReply:
+    done = await admin.replace_refs(
+        _ino(asked.ino),
+        asked.chunk,
+        expected=wire.unpack_file_refs(asked.expected),
+        written=[wire.written_of(each) for each in asked.written],
+    )
+    return pb.AdminReply(flag=done)
+
+
+async def _statfs(admin: MetaAdmin, ino: int) -> pb.AdminReply:
+    reply = pb.AdminReply()
+    wire.put_row(await admin.statfs(_ino(ino)), reply.statfs)
+    return reply
+
+
+_OPERATIONS: Final[dict[str, Callable[[MetaAdmin, Any], Awaitable[pb.AdminReply]]]] = {
+    "status": _status,
+    "resolve": _resolve,
+    "paths_of": _paths_of,
+    "usage_of_ino": _usage,
+    "configure": _configure,
+    "quota_set": _quota_set,
+    "quota_remove_ino": _quota_remove,
+    "quotas": _quotas,
+    "trash_list": _trash_list,
+    "trash_restore": _trash_restore,
+    "trash_expire": _trash_expire,
+    "clone": _clone,
+    "live_slices": _live_slices,
+    "slice_owner_id": _slice_owner,
+    "garbage": _garbage,
+    "garbage_deleted": _garbage_deleted,
+    "is_pending_id": _is_pending,
+    "compaction_candidates_limit": _compaction_candidates,
+    "replace_refs": _replace_refs,
+    "statfs_ino": _statfs,
+}
+"""By the name of the field in AdminRequest."""
+
+
+async def administer(admin: MetaAdmin, request: pb.AdminRequest) -> pb.AdminReply:
+    """Run one operation."""
+    name = request.WhichOneof("operation")
+    reply = pb.AdminReply()
+    try:
+        operation = None if name is None else _OPERATIONS.get(name)
+        if operation is None:
+            raise FsError(E.ENOSYS, "this service does not know the operation: upgrade it")
+        return await operation(admin, getattr(request, str(name)))
+    except AtollError as error:
+        wire.put_failure(error, reply.failure)
+        return reply
+
+
+async def problems(admin: MetaAdmin, request: pb.CheckRequest) -> AsyncIterator[pb.Problem]:
+    """Check a volume; the last message is a failure if the check did not come to its end."""
+    try:
+        async for problem in admin.check(repair=request.repair):
+            message = pb.Problem()
+            wire.put_row(problem, message)
+            yield message
+    except AtollError as error:
+        message = pb.Problem()
+        wire.put_failure(error, message.failure)
+        yield message

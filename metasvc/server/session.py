@@ -1,0 +1,169 @@
+"""One session of a client elsewhere: its requests are run here, whether or not its connection still stands.
+
+Owns the requests under way, the replies that may be asked for again, and when the client was last heard of. Must not know
+how messages travel: answers go to whoever is the session's `Outlet` at the moment.
+
+Interleavings. Each request is a task. When a connection breaks its requests run to their ends: what they changed is durable
+or not, and their replies are kept (metasvc.server.replies). A client that comes back is let in when nothing of it runs any
+more (`quiet`), says what it has open, and repeats what it has no reply to. So a request never runs twice at a time, and opens
+are never counted twice. A repeated request that was applied is answered from what was kept; `create` then counts its open,
+which the client could not know of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol
+
+from chunkstore.errors import AtollError
+from metasvc.api import atoll_pb2 as pb
+from metasvc.api import wire
+from metasvc.engine import Engine, EngineSession
+from metasvc.errors import FsError
+from metasvc.model import Caller, Ino, Replies, SessionId
+from metasvc.server.operations import OPERATIONS, Operation
+from metasvc.server.replies import ReplyLog, framed
+
+MAX_OUTSTANDING: Final = 256
+"""Most requests of a session at a time. It bounds what a session can make the service remember."""
+
+log = logging.getLogger(__name__)
+
+
+class Misbehaved(Exception):
+    """A client broke the protocol: its stream ends, with the reason."""
+
+
+class Outlet(Protocol):
+    """Where the answers of a session go."""
+
+    def send(self, message: bytes) -> None:
+        """Send an encoded FromService when there is room. Never blocks."""
+
+    def fail(self, error: AtollError) -> None:
+        """End: the engine failed."""
+
+
+class ServedSession(EngineSession):
+    """A session whose client is reached by messages."""
+
+    def __init__(self, engine: Engine, session_id: SessionId, *, secret: bytes, stored: Replies | None = None) -> None:
+        """Take over a session that is in the store."""
+        super().__init__(engine, session_id)
+        self.secret = secret
+        self.attaching = asyncio.Lock()
+        """Held while a connection takes the session over."""
+        self.outlet: Outlet | None = None
+        self.heard_s = time.monotonic()
+        self.requests_total = 0
+        self.repeated_total = 0
+        self._replies = ReplyLog(session_id, stored)
+        self._running: dict[int, asyncio.Task[None]] = {}
+        self._puts: dict[int, Callable[[Any, pb.Reply], None]] = {}
+
+    @property
+    def outstanding(self) -> int:
+        """Return how many requests are under way."""
+        return len(self._running)
+
+    async def quiet(self) -> None:
+        """Wait until none of the requests so far is under way."""
+        if self._running:
+            await asyncio.wait(list(self._running.values()))
+
+    async def resume(self, opens: Mapping[Ino, int]) -> None:
+        """Go on with what the client has open. Call when it is quiet."""
+        await self._engine.resume_session(self._session_id, opens)
+
+    def receive(self, message: pb.FromClient) -> None:
+        """Take a message: start its requests. Raises Misbehaved, and then has started those before the wrong one."""
+        self.heard_s = time.monotonic()
+        self._replies.confirm(message.confirmed)
+        for request in message.requests:
+            self._start(request)
+
+    def _start(self, request: pb.Request) -> None:
+        number = request.number
+        if number < self._replies.confirmed:
+            raise Misbehaved(f"request {number} comes after the confirmation of its reply")
+        if number >= 1 << 63:
+            raise Misbehaved(f"no request has the number {number}")
+        if number in self._running:
+            raise Misbehaved(f"request {number} is under way already")
+        if len(self._running) >= MAX_OUTSTANDING:
+            raise Misbehaved(f"more than {MAX_OUTSTANDING} requests at once")
+        self.requests_total += 1
+        name = request.WhichOneof("operation")
+        kept = self._replies.get(number)
+        if kept is not None:
+            self._answer_again(number, kept, is_create=name == "create")
+            return
+        operation = None if name is None else OPERATIONS.get(name)
+        if operation is None:
+            failure = FsError(errno.ENOSYS, "this service does not know the operation: upgrade it")
+            self._send(framed(_failed(number, failure)))
+            return
+        work = self._run_request(number, operation, getattr(request, str(name)))
+        task = asyncio.get_running_loop().create_task(work, name=f"{name} of session {self._session_id}")
+        self._running[number] = task
+        task.add_done_callback(lambda _: self._running.pop(number, None))
+
+    def _answer_again(self, number: int, kept: bytes, *, is_create: bool) -> None:
+        self.repeated_total += 1
+        if is_create:
+            (reply,) = pb.FromService.FromString(kept).replies
+            self._engine.opened(self._session_id, wire.inode_of(reply).ino)
+        self._send(kept)
+
+    async def _run_request(self, number: int, operation: Operation, message: Any) -> None:
+        caller = wire.caller_of(message.caller, number) if hasattr(message, "caller") else Caller(request_id=number)
+        self._puts[number] = operation.put
+        try:
+            result = await operation.call(self, message, caller)
+        except AtollError as error:
+            if self._engine.failure is not None:
+                # Nobody knows what became of it: the client asks again, there or here.
+                if self.outlet is not None:
+                    self.outlet.fail(error)
+                return
+            answer = framed(_failed(number, error))
+        except Exception as error:
+            log.exception("request %d of session %d failed unexpectedly", number, self._session_id, exc_info=error)
+            answer = framed(_failed(number, AtollError(f"the metadata service failed unexpectedly: {error!r}")))
+        else:
+            kept = self._replies.get(number)
+            answer = framed(_done(number, operation.put, result)) if kept is None else kept
+        finally:
+            del self._puts[number]
+        self._send(answer)
+
+    def _recorder(self, caller: Caller) -> Callable[[Any], Replies] | None:
+        number = caller.request_id
+        put = self._puts.get(number)
+        if put is None:
+            return None
+
+        def record(result: Any) -> Replies:
+            return self._replies.keep(number, framed(_done(number, put, result)))
+
+        return record
+
+    def _send(self, message: bytes) -> None:
+        if self.outlet is not None:
+            self.outlet.send(message)
+
+
+def _done(number: int, put: Callable[[Any, pb.Reply], None], result: Any) -> pb.Reply:
+    reply = pb.Reply(number=number)
+    put(result, reply)
+    return reply
+
+
+def _failed(number: int, error: AtollError) -> pb.Reply:
+    reply = pb.Reply(number=number)
+    wire.put_failure(error, reply.failure)
+    return reply

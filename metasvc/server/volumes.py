@@ -1,0 +1,251 @@
+"""The volumes that this process owns, and the sessions of their clients.
+
+Owns opening a volume when it is first asked for, the life of sessions, and what happens after a restart. Must not know
+messages or streams.
+
+A session lives from Hello until goodbye, or until its client was not heard of for `expiry_s`. It does not need a connection:
+clients come back after breaks and restarts. A restarted service finds the sessions in the store and holds all changes back
+until their clients have said what they have open, `RETURN_S` at most: else a file that somebody has open could be removed for
+good by somebody who was quicker. Sessions that have not returned by then still may, until they expire.
+
+When an engine fails (fenced, store gone) its volume is dropped with all its connections; who asks next opens it anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Coroutine, Iterator, Mapping
+from contextlib import suppress
+from typing import Final
+
+from chunkstore.errors import AtollError
+from metasvc.engine import Engine, EngineAdmin
+from metasvc.engine.engine import DEFAULT_MEMORY_BYTES
+from metasvc.model import Ino, SessionId
+from metasvc.server.session import ServedSession
+from metasvc.store import Store, VolumeStore
+from metasvc.store.tables import REPLIES
+
+EXPIRY_S: Final = 60.0
+"""A session that is not heard of for so long ends: its unlinked files go, its slice ids are retired."""
+RETURN_S: Final = 10.0
+"""So long a restarted service waits for the clients of before until it changes anything."""
+_LOOK_S: Final = 1.0
+
+log = logging.getLogger(__name__)
+
+
+class SessionEnded(AtollError):
+    """The session that a client wants to go on with is no more, or was never its own."""
+
+    code = "session-ended"
+
+
+class Volume:
+    """One open volume."""
+
+    def __init__(self, store: VolumeStore, engine: Engine, *, expiry_s: float) -> None:
+        """Take over what is open."""
+        self.engine = engine
+        self.admin = EngineAdmin(engine)
+        self.name = f"{engine.format.tenant}/{engine.format.name}"
+        self.sessions: dict[SessionId, ServedSession] = {}
+        self.expiry_s = expiry_s
+        self.expired_total = 0
+        self._store = store
+        self._absent: set[SessionId] = set()
+        self._all_returned = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def open(
+        cls, store: VolumeStore, *, address: str, memory_bytes: int, expiry_s: float, return_s: float
+    ) -> Volume:
+        """Own a volume. NotOwner while another process does."""
+        engine = await Engine.open(store, address=address, memory_bytes=memory_bytes, keep_sessions=True)
+        volume = cls(store, engine, expiry_s=expiry_s)
+        try:
+            await volume._take_up_sessions()
+        except BaseException:
+            await engine.close()
+            raise
+        if volume._absent:
+            volume._start(volume._wait_for_return(return_s), name="return of sessions")
+        volume._start(volume._expire(), name="expiry of sessions")
+        return volume
+
+    def _start(self, work: Coroutine[None, None, None], *, name: str) -> None:
+        self._tasks.append(asyncio.create_task(work, name=f"{name}, volume {self.name}"))
+
+    async def _take_up_sessions(self) -> None:
+        for row in list(self.engine.sessions()):
+            if not row.secret:
+                # It lived in the process that owned the volume, and ended with it.
+                await self.engine.end_session(row.session_id)
+                continue
+            session_id = row.session_id
+            stored = await self.engine.run(lambda tx, number=session_id: tx.get(REPLIES, number))
+            self.sessions[session_id] = ServedSession(self.engine, session_id, secret=row.secret, stored=stored)
+            self._absent.add(session_id)
+
+    async def _wait_for_return(self, return_s: float) -> None:
+        log.info(
+            "volume %s: changes wait up to %.0f s for %d sessions to return", self.name, return_s, len(self._absent)
+        )
+        with self.engine.changes_held(), suppress(TimeoutError):
+            async with asyncio.timeout(return_s):
+                await self._all_returned.wait()
+        if self._absent:
+            log.warning("volume %s: sessions %s have not returned", self.name, sorted(self._absent))
+
+    async def close(self) -> None:
+        """Commit, release the ownership and close. Sessions stay in the store: their clients go on with the next owner."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            await self.engine.close()
+        finally:
+            await self._store.close()
+
+    # -- sessions ---------------------------------------------------------------------------------------------------------
+
+    async def begin(self, *, host: str, pid: int, mountpoint: str) -> ServedSession:
+        """Begin a session."""
+        secret = secrets.token_bytes(16)
+        session_id = await self.engine.begin_session(host=host, pid=pid, mountpoint=mountpoint, secret=secret)
+        session = self.sessions[session_id] = ServedSession(self.engine, session_id, secret=secret)
+        return session
+
+    def find(self, session_id: SessionId, secret: bytes) -> ServedSession:
+        """Return the session that a client wants to go on with. SessionEnded."""
+        session = self.sessions.get(session_id)
+        if session is None or not secrets.compare_digest(session.secret, secret):
+            raise SessionEnded(f"session {session_id} of volume {self.name} has ended: begin another")
+        return session
+
+    async def resume(self, session: ServedSession, opens: Mapping[Ino, int]) -> None:
+        """Go on with a session on a new connection. Call with `attaching` held and nothing of it under way."""
+        session.heard_s = time.monotonic()
+        await session.resume(opens)
+        self._returned(session.session_id)
+
+    async def end(self, session: ServedSession) -> None:
+        """End a session; what of it is under way ends first. Nothing for one that has ended."""
+        if self.sessions.pop(session.session_id, None) is None:
+            return
+        await session.quiet()
+        self._returned(session.session_id)
+        await self.engine.end_session(session.session_id)
+
+    def _returned(self, session_id: SessionId) -> None:
+        self._absent.discard(session_id)
+        if not self._absent:
+            self._all_returned.set()
+
+    async def _expire(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            late_s = time.monotonic() - self.expiry_s
+            for session in [each for each in self.sessions.values() if each.heard_s < late_s]:
+                if session.attaching.locked():
+                    continue
+                log.warning(
+                    "volume %s: session %d was not heard of for %.0f s and ends",
+                    self.name,
+                    session.session_id,
+                    self.expiry_s,
+                )
+                self.expired_total += 1
+                if session.outlet is not None:
+                    session.outlet.fail(SessionEnded("nothing was heard of the client for too long"))
+                try:
+                    await self.end(session)
+                except AtollError as error:
+                    log.warning("volume %s: session %d did not end: %s", self.name, session.session_id, error)
+
+
+class Volumes:
+    """All volumes of one store that this process serves."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        address: str,
+        memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        expiry_s: float = EXPIRY_S,
+        return_s: float = RETURN_S,
+    ) -> None:
+        """``address`` is what other processes are told of the owner."""
+        self.store = store
+        self.expiry_s = expiry_s
+        self._return_s = return_s
+        self._address = address
+        self._memory_bytes = memory_bytes
+        self._open: dict[tuple[str, str], Volume] = {}
+        self._opening: dict[tuple[str, str], asyncio.Lock] = {}
+        self._watches: set[asyncio.Task[None]] = set()
+        self._is_closing = False
+
+    def __iter__(self) -> Iterator[Volume]:
+        """Return those that are open."""
+        return iter(list(self._open.values()))
+
+    async def get(self, tenant: str, name: str) -> Volume:
+        """Return a volume, opened if it is not. VolumeMissing, NotOwner, StoreError."""
+        key = tenant, name
+        async with self._opening.setdefault(key, asyncio.Lock()):
+            found = self._open.get(key)
+            if found is not None and found.engine.failure is None:
+                return found
+            if self._is_closing:
+                raise AtollError("the metadata service is ending", retryable=True)
+            store = await self.store.open_volume(tenant, name)
+            try:
+                volume = await Volume.open(
+                    store,
+                    address=self._address,
+                    memory_bytes=self._memory_bytes,
+                    expiry_s=self.expiry_s,
+                    return_s=self._return_s,
+                )
+            except BaseException:
+                await store.close()
+                raise
+            self._open[key] = volume
+            watch = asyncio.create_task(self._watch(key, volume), name=f"failure of volume {volume.name}")
+            self._watches.add(watch)
+            watch.add_done_callback(self._watches.discard)
+            log.info("volume %s is open, epoch %d", volume.name, volume.engine.owner.ownership.epoch)
+            return volume
+
+    async def _watch(self, key: tuple[str, str], volume: Volume) -> None:
+        await volume.engine.failed.wait()
+        failure = volume.engine.failure
+        assert failure is not None
+        log.error("volume %s was lost: %s", volume.name, failure)
+        async with self._opening[key]:
+            if self._open.get(key) is volume:
+                del self._open[key]
+        for session in volume.sessions.values():
+            if session.outlet is not None:
+                session.outlet.fail(failure)
+        with suppress(AtollError):
+            await volume.close()
+
+    async def close(self) -> None:
+        """Close all volumes."""
+        self._is_closing = True
+        for watch in list(self._watches):
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
+        for volume in list(self._open.values()):
+            try:
+                await volume.close()
+            except AtollError as error:
+                log.error("volume %s did not close: %s", volume.name, error)
+        self._open.clear()

@@ -1,0 +1,282 @@
+"""A session survives its connections and its service: nothing is lost, nothing is applied twice, nobody sees an error."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from chunkstore.errors import AtollError
+from client.meta.channel import ServiceUnavailable
+from client.meta.connection import SessionConnection
+from metasvc.api import atoll_pb2 as pb
+from metasvc.engine import first_rows
+from metasvc.errors import FsError
+from metasvc.model import ROOT_INO, Caller, Ino, RenameFlags
+from metasvc.store import Store
+from metasvc.store.memory import MemoryStore
+from metasvc.store.sqlite import SqliteStore
+from tests.metasvc.engine.volumes import volume_format
+from tests.metasvc.server.served import Client, Cutter, connected, served
+
+ROOT = Caller()
+
+
+@asynccontextmanager
+async def stored(kind: str, directory: Path) -> AsyncIterator[Store]:
+    store: Store = (
+        MemoryStore() if kind == "memory" else await SqliteStore.open(str(directory / "meta.db"), create=True)
+    )
+    form = volume_format()
+    await store.create_volume(form, first_rows(form))
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+async def change_for_a_while(
+    client: Client, name: str, rand: random.Random, *, rounds: int
+) -> tuple[dict[bytes, Ino], int]:
+    """Create, link, rename and unlink, one after the other; what must be there then, and how many links the file has."""
+    meta = client.meta
+    parent = (await meta.mkdir(ROOT, ROOT_INO, name.encode(), mode=0o755)).ino
+    there: dict[bytes, Ino] = {}
+    first = (await meta.mknod(ROOT, parent, b"first", mode=0o100644)).ino
+    there[b"first"] = first
+    links = 1
+    for number in range(rounds):
+        fresh = b"%d" % number
+        what = rand.randrange(5)
+        if what == 0:
+            made = await meta.create(ROOT, parent, fresh, mode=0o600, exclusive=True)
+            await meta.release(made.inode.ino)
+            there[fresh] = made.inode.ino
+        elif what == 1:
+            await meta.link(ROOT, first, parent, fresh)
+            there[fresh] = first
+            links += 1
+        elif what == 2:
+            await meta.symlink(ROOT, parent, fresh, b"somewhere")
+            there[fresh] = Ino(0)
+        else:
+            old = rand.choice(sorted(there))
+            if what == 3:
+                await meta.rename(ROOT, parent, old, parent, fresh, flags=RenameFlags.NOREPLACE)
+                there[fresh] = there.pop(old)
+            elif old != b"first" and len(there) > 1 and (there[old] != first or links > 1):
+                await meta.unlink(ROOT, parent, old)
+                links -= there.pop(old) == first
+    return there, links
+
+
+async def check(client: Client, name: str, there: dict[bytes, Ino], links: int) -> None:
+    parent = (await client.meta.lookup(ROOT_INO, name.encode())).ino
+    page = await client.meta.readdir(parent, after=None, limit=5000)
+    assert {entry.name for entry in page.entries} == there.keys()
+    for entry in page.entries:
+        if there[entry.name]:
+            assert entry.inode.ino == there[entry.name]
+        if entry.inode.nlink > 1:
+            assert entry.inode.nlink == links
+    assert [problem async for problem in client.admin.check(repair=False)] == []
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+async def test_connections_cut_at_random_lose_and_repeat_nothing(kind: str, tmp_path: Path, seed: int) -> None:
+    rand = random.Random(seed)
+    async with stored(kind, tmp_path) as store, served(store) as service, Cutter(service.port) as cutter:
+        async with connected(service, port=cutter.port) as client:
+            work = [
+                asyncio.create_task(change_for_a_while(client, f"d{n}", random.Random(seed + n), rounds=150))
+                for n in range(4)
+            ]
+            while not all(task.done() for task in work):
+                await asyncio.sleep(rand.uniform(0.0, 0.15))
+                cutter.cut()
+            done = [await task for task in work]
+            for number, (there, links) in enumerate(done):
+                await check(client, f"d{number}", there, links)
+            assert client.connection.reconnections >= 3
+        assert (await service.volume()).sessions == {}
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+async def test_restarts_of_the_service_lose_and_repeat_nothing(kind: str, tmp_path: Path, seed: int) -> None:
+    rand = random.Random(seed)
+    async with stored(kind, tmp_path) as store, served(store) as service:
+        async with connected(service) as one, connected(service) as other:
+            work = [
+                asyncio.create_task(change_for_a_while(client, f"d{n}", random.Random(seed + n), rounds=120))
+                for n, client in enumerate((one, other, one, other))
+            ]
+            restarts = 0
+            while not all(task.done() for task in work):
+                await asyncio.sleep(rand.uniform(0.05, 0.4))
+                await service.stop()
+                await service.start()
+                restarts += 1
+            for number, task in enumerate(work):
+                there, links = await task
+                await check(one, f"d{number}", there, links)
+            assert restarts >= 2
+            assert one.connection.session_id != other.connection.session_id
+            assert (await service.volume()).expired_total == 0
+
+
+async def test_what_one_has_open_survives_the_restart_although_another_removes_it(tmp_path: Path) -> None:
+    async with stored("sqlite", tmp_path) as store, served(store, return_s=20.0) as service:
+        async with connected(service) as reader, connected(service) as remover:
+            made = await reader.meta.create(ROOT, ROOT_INO, b"file", mode=0o600, exclusive=True)
+            ino = made.inode.ino
+            await service.stop()
+            # The remover comes first, and waits until the reader has said what it has open.
+            removal = asyncio.create_task(remover.meta.unlink(ROOT, ROOT_INO, b"file"))
+            await service.start()
+            await removal
+            assert (await reader.meta.getattr(ino)).nlink == 0
+            await service.stop()
+            await service.start()
+            assert (await reader.meta.getattr(ino)).nlink == 0, "sustained through another restart"
+            await reader.meta.release(ino)
+            with pytest.raises(FsError) as refusal:
+                await reader.meta.getattr(ino)
+            assert refusal.value.errno == errno.ENOENT
+
+
+async def test_a_session_that_is_not_heard_of_ends_and_its_client_begins_another() -> None:
+    async with stored("memory", Path()) as store, served(store, expiry_s=1.5) as service:
+        async with (
+            Cutter(service.port) as cutter,
+            connected(service, port=cutter.port) as client,
+            connected(service) as other,
+        ):
+            made = await client.meta.create(ROOT, ROOT_INO, b"kept", mode=0o600, exclusive=True)
+            gone = await client.meta.create(ROOT, ROOT_INO, b"gone", mode=0o600, exclusive=True)
+            ids = await client.meta.allocate_slices(4)
+            first = client.connection.session_id
+            cutter.open.clear()
+            await other.meta.unlink(ROOT, ROOT_INO, b"gone")
+            change = asyncio.create_task(client.meta.mkdir(ROOT, ROOT_INO, b"never", mode=0o755))
+            volume = await service.volume()
+            async with asyncio.timeout(20):
+                while first in volume.sessions:
+                    await other.meta.getattr(ROOT_INO)
+                    await asyncio.sleep(0.05)
+            cutter.cut()
+            cutter.open.set()
+            with pytest.raises(FsError) as refusal:
+                await change
+            assert refusal.value.errno == errno.ESTALE
+            # Reading goes on, in another session, which has open what still exists.
+            assert (await client.meta.getattr(made.inode.ino)).nlink == 1
+            assert client.connection.session_id != first
+            with pytest.raises(FsError):
+                await client.meta.getattr(gone.inode.ino)
+            await other.meta.unlink(ROOT, ROOT_INO, b"kept")
+            assert (await client.meta.getattr(made.inode.ino)).nlink == 0
+            assert not await client.admin.is_pending(ids[0])
+        assert [problem async for problem in volume.admin.check(repair=False)] == []
+
+
+async def test_requests_wait_while_the_service_is_away_and_fail_when_their_time_is_up(tmp_path: Path) -> None:
+    async with stored("sqlite", tmp_path) as store, served(store) as service:
+        async with connected(service, timeout_s=2.0) as client:
+            await service.stop()
+            call = asyncio.create_task(client.meta.getattr(ROOT_INO))
+            await asyncio.sleep(0.5)
+            assert not call.done()
+            with pytest.raises(ServiceUnavailable) as failure:
+                await call
+            assert failure.value.errno == errno.EIO
+            with pytest.raises(ServiceUnavailable):
+                await client.meta.getattr(ROOT_INO)
+            await service.start()
+            async with asyncio.timeout(20):
+                while not client.connection.is_connected:
+                    await asyncio.sleep(0.02)
+            assert (await client.meta.getattr(ROOT_INO)).is_dir
+
+
+async def test_an_open_whose_caller_has_gone_is_released() -> None:
+    async with stored("memory", Path()) as store, served(store) as service, Cutter(service.port) as cutter:
+        async with connected(service, port=cutter.port) as client:
+            ino = (await client.meta.mknod(ROOT, ROOT_INO, b"file", mode=0o100644)).ino
+            cutter.open.clear()
+            opening = asyncio.create_task(client.meta.open(ino))
+            await asyncio.sleep(0.05)
+            opening.cancel()
+            await asyncio.gather(opening, return_exceptions=True)
+            cutter.open.set()
+            await client.meta.unlink(ROOT, ROOT_INO, b"file")
+            async with asyncio.timeout(20):
+                while True:
+                    try:
+                        await client.meta.getattr(ino)
+                    except FsError:
+                        break
+            assert not client.connection._opens
+
+
+async def test_a_stored_reply_answers_a_create_that_is_asked_again_and_counts_its_open() -> None:
+    async with stored("memory", Path()) as store, served(store) as service, Cutter(service.port) as cutter:
+        async with connected(service, port=cutter.port) as client:
+            volume = await service.volume()
+            # The request arrives; its reply does not.
+            session = volume.sessions[client.connection.session_id]
+            cutter.open.clear()
+            creation = asyncio.create_task(client.meta.create(ROOT, ROOT_INO, b"f", mode=0o600, exclusive=True))
+            await asyncio.sleep(0.05)
+            async with asyncio.timeout(20):
+                # What is under way in the relay still arrives: let the request through, then lose the reply.
+                cutter.open.set()
+                while session.requests_total == 0:
+                    await asyncio.sleep(0)
+                cutter.cut()
+            made = await creation
+            await client.meta.unlink(ROOT, ROOT_INO, b"f")
+            assert (await client.meta.getattr(made.inode.ino)).nlink == 0, "it is open, hence sustained"
+            await client.meta.release(made.inode.ino)
+        assert [problem async for problem in volume.admin.check(repair=False)] == []
+
+
+async def test_slice_ids_of_another_session_cannot_be_committed() -> None:
+    async with stored("memory", Path()) as store, served(store) as service:
+        async with connected(service) as one, connected(service) as other:
+            ids = await one.meta.allocate_slices(1)
+            ino = (await other.meta.mknod(ROOT, ROOT_INO, b"f", mode=0o100644)).ino
+            message = pb.Commit(
+                caller=pb.Caller(),
+                ino=ino,
+                end=3,
+                slices=[pb.WrittenSlice(slice_id=ids[0], length=3, kind=0, data=b"abc")],
+            )
+            with pytest.raises(FsError) as refusal:
+                await other.connection.call("commit", message)
+            assert refusal.value.errno == errno.ESTALE
+
+
+async def test_closing_while_the_service_is_away_does_not_hang() -> None:
+    async with stored("memory", Path()) as store, served(store) as service:
+        connection = SessionConnection(service.endpoint(), service.name, host="h", pid=1, mountpoint="", timeout_s=60)
+        await connection.open(timeout_s=20)
+        await service.stop()
+        call = asyncio.create_task(connection.call("getattr", pb.GetAttr(inos=[1], one=True)))
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(20):
+            await connection.close()
+        with pytest.raises(AtollError):
+            await call
+
+
+async def test_a_service_that_is_not_there_is_told_in_time() -> None:
+    async with stored("memory", Path()) as store, served(store) as service:
+        await service.stop()
+        connection = SessionConnection(service.endpoint(), service.name, host="h", pid=1, mountpoint="", timeout_s=60)
+        with pytest.raises(ServiceUnavailable, match="not reachable"):
+            await connection.open(timeout_s=1.0)

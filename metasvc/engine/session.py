@@ -63,6 +63,10 @@ class EngineSession:
     def session_id(self) -> SessionId:
         return self._session_id
 
+    async def expect_walk(self, ino: Ino) -> None:
+        """Load the top of the tree below a directory in the background, up to 2,000 names: it was mounted. ENOENT, ENOTDIR."""
+        await self._listing.begin_at(ino)
+
     # -- names ----------------------------------------------------------------------------------------
 
     async def lookup(self, parent: Ino, name: bytes) -> Inode:

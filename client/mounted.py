@@ -175,7 +175,7 @@ class MountProcess:
             self._volume = volume
             root = await self._find_root(volume)
             await self._check_bucket(volume)
-            meta = await stack.enter_async_context(volume.session(mountpoint=request.mountpoint))
+            meta = await stack.enter_async_context(volume.session(mountpoint=request.mountpoint, root=root))
             lengths = dict(staged_in(request.cache_dir, volume.format).lengths)
             chunks = await stack.enter_async_context(ChunkStore(self._chunk_config(volume), bucket=volume.bucket()))
             self._write_record()

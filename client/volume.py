@@ -22,7 +22,7 @@ from client.control.messages import JsonObject
 from metasvc.api import MetaClient
 from metasvc.api.admin import MetaAdmin
 from metasvc.errors import NotOwner, VolumeMissing
-from metasvc.model import Caller, Ino, SessionId, VolumeFormat
+from metasvc.model import ROOT_INO, Caller, Ino, SessionId, VolumeFormat
 
 if TYPE_CHECKING:
     from chunkstore.buckets import Limits, VerbCounters
@@ -160,8 +160,8 @@ class OpenVolume:
         }
 
     @asynccontextmanager
-    async def session(self, *, mountpoint: str) -> AsyncIterator[MetaClient]:
-        """Begin a session that may write, and end it."""
+    async def session(self, *, mountpoint: str, root: Ino = ROOT_INO) -> AsyncIterator[MetaClient]:
+        """Begin a session that may write, and end it. ``root`` is the directory that it will show first."""
         from metasvc.engine import EngineSession
 
         session = await EngineSession.begin(
@@ -171,6 +171,7 @@ class OpenVolume:
             mountpoint=os.fsencode(mountpoint).decode(errors="replace"),
         )
         async with session:
+            await session.expect_walk(root)
             yield session
 
 

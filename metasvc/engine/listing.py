@@ -92,6 +92,11 @@ class Listing:
             self._walk.look_ahead(inode)
         return DirPage(entries, end)
 
+    async def begin_at(self, ino: Ino) -> None:
+        """Load the top of a tree in the background. ENOENT, ENOTDIR."""
+        directory: Inode = await self._engine.run(Tx.directory, ino)
+        self._walk.start_at(directory)
+
     def close(self) -> None:
         """Stop what is loaded ahead."""
         self._walk.close()

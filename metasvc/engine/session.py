@@ -68,6 +68,10 @@ class EngineSession:
         """Return what makes, of the result of a request, the row that is to be durable with its changes. Here: none."""
         return None
 
+    async def expect_walk(self, ino: Ino) -> None:
+        """Load the top of the tree below a directory in the background, up to 2,000 names: it was mounted. ENOENT, ENOTDIR."""
+        await self._listing.begin_at(ino)
+
     # -- names ----------------------------------------------------------------------------------------
 
     async def lookup(self, parent: Ino, name: bytes) -> Inode:

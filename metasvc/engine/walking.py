@@ -71,9 +71,14 @@ class Walk:
 
     def look_ahead(self, directory: Inode) -> None:
         """Start to load what comes after a directory that was listed to its end."""
-        if self._steps < _STEPS or (self._task is not None and not self._task.done()):
-            return
-        found = self._next(directory)
+        if self._steps >= _STEPS and (self._task is None or self._task.done()):
+            self._start(self._next(directory))
+
+    def start_at(self, directory: Inode) -> None:
+        """Start to load a directory and what comes after it: who mounts a volume is about to list it."""
+        self._start(self._wanted(directory.ino))
+
+    def _start(self, found: Inode | None) -> None:
         if found is not None:
             # Before the task begins: who asks for the directory now waits for it.
             self._begin(found.ino)

@@ -3,10 +3,10 @@
 Owns the text of the statements; each is made once and prepared once per connection. Knows tables and volume ids, neither
 ownership nor threads. Every function runs on a thread of ConnectionThreads and may block.
 
-Many rows are read as one row with a JSON array of them. The sqlite3 module lets go of the GIL for each row and takes it back,
-and waits there for whatever the event loop is doing: a thousand rows took 2.3 ms on an idle loop, and 16 ms beside one that
-polls, over 32 ms beside one that computes. As one row they take 2.7, 4 and 15 ms. (SQLite writes JSON faster than the module
-makes rows: 1.6 ms; the rest is json.loads and the tuples.)
+Many rows are read as one: a JSON array of them, in which BLOBs are lengths, and for each column of BLOBs all of them joined.
+The sqlite3 module lets go of the GIL for each row and takes it back, and waits there for whatever the event loop is doing: a
+thousand rows took 2.3 ms on an idle loop, and 16 ms beside one that polls, over 32 ms beside one that computes. As one row they
+take 2.3, 3 and 13 ms (docs/adr/0034). SQLite writes JSON faster than the module makes rows.
 """
 
 from __future__ import annotations
@@ -53,26 +53,34 @@ _BLOBS: Final = {
     table: [index for index, name in enumerate(table.columns) if get_type_hints(table.row)[name] is bytes]
     for table in TABLES
 }
-"""Which columns are BLOBs: JSON has them in hexadecimal."""
+"""Which columns are BLOBs."""
 
 
-def _as_json(table: Table, prefix: str = "") -> str:
-    """Return the columns of a table as they stand in a JSON array."""
+def _packing(table: Table, prefix: str = "", more: str = "") -> str:
+    """Return what makes one row of many: the JSON array of the rows, and the bytes of each column of BLOBs.
+
+    group_concat() takes BLOBs as they are, NUL bytes and all, and its result is text by name only.
+    """
     blobs = _BLOBS[table]
     names = [f'{prefix}"{name}"' for name in table.columns]
-    return ", ".join(f"hex({name})" if index in blobs else name for index, name in enumerate(names))
+    fields = ", ".join(f"length({name})" if index in blobs else name for index, name in enumerate(names))
+    joined = "".join(f", CAST(group_concat({names[index]}, '') AS BLOB)" for index in blobs)
+    return f"json_group_array(json_array({fields}{more})){joined}"
 
 
 def _packed(table: Table, select: str) -> str:
-    return f"SELECT json_group_array(json_array({_as_json(table)})) FROM ({select})"
+    return f"SELECT {_packing(table)} FROM ({select})"
 
 
-def _unpacked(text: str, blobs: Sequence[int]) -> list[list[Any]]:
-    """Return the rows of a JSON array, with bytes where columns are BLOBs."""
-    rows: list[list[Any]] = json.loads(text)
-    for blob in blobs:
+def _unpacked(table: Table, found: Sequence[Any]) -> list[list[Any]]:
+    """Return the rows of a packed one."""
+    rows: list[list[Any]] = json.loads(found[0])
+    for blob, joined in zip(_BLOBS[table], found[1:], strict=True):
+        start = 0
         for row in rows:
-            row[blob] = bytes.fromhex(row[blob])
+            end = start + row[blob]
+            row[blob] = joined[start:end]
+            start = end
     return rows
 
 
@@ -100,7 +108,7 @@ _DENTRY_COLUMNS: Final = len(DENTRY.columns)
 _NAME: Final = DENTRY.columns.index("name")
 # ORDER BY and LIMIT are inside, for json_group_array() takes rows as they come; that they come in order is checked.
 _SCAN_DIR: Final = (
-    f"SELECT json_group_array(json_array({_as_json(DENTRY, 'd.')}, {_as_json(INODE, 'i.')})) FROM (SELECT * FROM dentry "
+    f"SELECT {_packing(DENTRY, 'd.', ', ' + _quoted(INODE.columns, 'i.'))} FROM (SELECT * FROM dentry "
     "WHERE volume = ?1 AND parent = ?2 {after} ORDER BY name LIMIT ?3) d LEFT JOIN inode i ON i.volume = ?1 AND i.ino = d.ino"
 )
 _SCAN_DIR_FIRST: Final = _SCAN_DIR.replace("{after}", "")
@@ -154,7 +162,7 @@ def load_rows(
             found_rows = connection.execute(sql, parameters).fetchall()
             make = table.row._make
             if is_packed:
-                rows = [make(row) for row in _unpacked(found_rows[0][0], _BLOBS[table])]
+                rows = [make(row) for row in _unpacked(table, found_rows[0])]
             else:
                 rows = list(map(make, found_rows))
             if table in found:
@@ -187,11 +195,11 @@ def scan_directory(
 ) -> list[tuple[Dentry, Inode | None]]:
     """Read dentries with name > after in order, each with its inode."""
     if after is None:
-        ((text,),) = connection.execute(_SCAN_DIR_FIRST, (volume_id, parent, limit)).fetchall()
+        (found,) = connection.execute(_SCAN_DIR_FIRST, (volume_id, parent, limit)).fetchall()
     else:
-        ((text,),) = connection.execute(_SCAN_DIR_AFTER, (volume_id, parent, limit, after)).fetchall()
+        (found,) = connection.execute(_SCAN_DIR_AFTER, (volume_id, parent, limit, after)).fetchall()
     cut = _DENTRY_COLUMNS
-    rows = _unpacked(text, _BLOBS[DENTRY])
+    rows = _unpacked(DENTRY, found)
     rows.sort(key=itemgetter(_NAME))
     # The first column of an inode is its number: NULL where the outer join found none.
     return [(Dentry._make(row[:cut]), None if row[cut] is None else Inode._make(row[cut:])) for row in rows]
@@ -202,11 +210,11 @@ def scan_table(
 ) -> list[Row]:
     """Read rows with key > after in order of the key."""
     if after is None:
-        ((text,),) = connection.execute(_SCAN[table], (volume_id, limit)).fetchall()
+        (found,) = connection.execute(_SCAN[table], (volume_id, limit)).fetchall()
     else:
-        ((text,),) = connection.execute(_SCAN_AFTER[table], (volume_id, *after, limit)).fetchall()
+        (found,) = connection.execute(_SCAN_AFTER[table], (volume_id, *after, limit)).fetchall()
     make: Callable[[Any], Row] = table.row._make
-    return sorted(map(make, _unpacked(text, _BLOBS[table])), key=table.key_of)
+    return sorted(map(make, _unpacked(table, found)), key=table.key_of)
 
 
 def delete_some_rows(connection: sqlite3.Connection, volume_id: int, limit: int) -> bool:

@@ -151,3 +151,18 @@ async def test_a_changed_tree_is_listed_as_it_is_although_it_was_loaded_ahead() 
         await volume.meta.unlink(ROOT, inos[b"c"], b"f00001")
         names = [name for name, _ in await listed(volume, inos[b"c"])]
         assert names == [b"f00000", b"f00002", b"f00003", b"f00004", b"new", b"z"]
+
+
+async def test_the_top_of_a_mounted_tree_is_in_memory_before_it_is_asked_for() -> None:
+    store = await grown({"a": 3, "a/x": 2, "b": 4})
+    async with cold(store) as (volume, scans):
+        await volume.meta.expect_walk(ROOT_INO)
+        await settle()
+        assert len(scans.of) == 4
+        for ino in list(scans.of):
+            await listed(volume, Ino(ino))
+        assert len(scans.of) == 4
+        # A second time nothing is missing.
+        await volume.meta.expect_walk(ROOT_INO)
+        await settle()
+        assert len(scans.of) == 4

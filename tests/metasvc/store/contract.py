@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from typing import Any
@@ -317,6 +318,52 @@ class StoreContract:
             for row in answer:
                 assert type(row) is table.row
                 assert [type(value) for value in row] == column_types(table)
+
+    @pytest.mark.parametrize("table", TABLES, ids=repr)
+    async def test_many_rows_of_any_bytes_come_back_by_every_way(self, world: World, table: Table, seed: int) -> None:
+        rand = random.Random(seed)
+        odd = [
+            b"",
+            b"\0",
+            b"\xff\xfe",
+            b"\0" * 300,
+            "\u00e9\U0001f3dd".encode(),
+            b"'\"\\,[]",
+            b"\xc3",
+            bytes(range(256)),
+        ]
+
+        def value(kind: type, number: int, *, is_key: bool) -> Any:
+            if kind is int:
+                return number if is_key else rand.choice([INT64_MIN, INT64_MAX, 0, rand.randrange(1 << 53, 1 << 60)])
+            if kind is str:
+                return f"{number:03d} \u00e9 \"'\\"
+            # Keys differ; bytes begin or end with anything.
+            return rand.choice(odd) + (number.to_bytes(2) if is_key else b"") + rand.randbytes(rand.choice([0, 1, 200]))
+
+        rows = sorted(
+            (
+                table.row._make(
+                    1 if table.grouped and index == 0 else value(kind, number, is_key=index < table.key_size)
+                    for index, kind in enumerate(column_types(table))
+                )
+                for number in range(70)
+            ),
+            key=table.key_of,
+        )
+        async with world.running():
+            volume = await world.volume()
+            await volume.commit(await acquire(volume), 1, Batch({table: list(rows)}, {}))
+            keys = [table.key_of(row) for row in rows]
+            assert sorted((await volume.load({table: keys}, {})).rows[table]) == sorted(rows)
+            assert sorted((await volume.load({table: keys[:9]}, {})).rows[table]) == sorted(rows[:9])
+            assert await volume.scan(table, after=None, limit=100) == rows
+            assert await volume.scan(table, after=keys[10], limit=20) == rows[11:31]
+            if table.grouped:
+                assert sorted((await volume.load({}, {table: [1]})).rows[table]) == sorted(rows)
+            if table is DENTRY:
+                assert await volume.scan_dir(1, after=None, limit=100) == [(row, None) for row in rows]
+                assert await volume.scan_dir(1, after=keys[10][1], limit=20) == [(row, None) for row in rows[11:31]]
 
     async def test_a_load_finds_keys_and_groups_and_omits_what_is_absent(self, world: World) -> None:
         async with world.running():

@@ -12,11 +12,11 @@ requests that change something fail with ESTALE, because nobody can know whether
 was open is registered anew, as far as it still exists. Slice ids of the old session are worthless then, which users of this
 see by the session's number.
 
-Interleavings. All state belongs to the event loop. One task (`_run`) connects and reconnects. While a stream stands it has three
-children: a writer (requests that wait go out together), a reader (the only one that completes requests and counts opens, so
-that at any moment the opens are exactly those of the replies that came), and one that asks for signs of life and looks for
-silence. Only the writer writes: gRPC allows one write at a time. A caller that is cancelled leaves its request behind: its
-reply still comes, and if it opened something that is released.
+Interleavings. All state belongs to the event loop. One task (`_run`) connects and reconnects. While a stream stands it has
+three children: a writer (requests that wait go out together), a reader (the only one that completes requests and counts
+opens, so that at any moment the opens are exactly those of the replies that came), and one that asks for signs of life and
+looks for silence. Only the writer writes: gRPC allows one write at a time. A caller that is cancelled leaves its request
+behind: its reply still comes, and if it opened something that is released.
 """
 
 from __future__ import annotations

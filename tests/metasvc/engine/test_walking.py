@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from metasvc.engine import walking
+from metasvc.engine import EngineSession, walking
 from metasvc.model import ROOT_INO, Dentry, Ino, Inode
 from metasvc.store import VolumeStore
 from metasvc.store.memory import MemoryStore
@@ -156,13 +156,15 @@ async def test_a_changed_tree_is_listed_as_it_is_although_it_was_loaded_ahead() 
 async def test_the_top_of_a_mounted_tree_is_in_memory_before_it_is_asked_for() -> None:
     store = await grown({"a": 3, "a/x": 2, "b": 4})
     async with cold(store) as (volume, scans):
-        await volume.meta.expect_walk(ROOT_INO)
+        session = volume.meta
+        assert isinstance(session, EngineSession)
+        await session.expect_walk(ROOT_INO)
         await settle()
         assert len(scans.of) == 4
         for ino in list(scans.of):
             await listed(volume, Ino(ino))
         assert len(scans.of) == 4
         # A second time nothing is missing.
-        await volume.meta.expect_walk(ROOT_INO)
+        await session.expect_walk(ROOT_INO)
         await settle()
         assert len(scans.of) == 4

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from client.meta.admin import RemoteAdmin
 from client.meta.channel import Endpoint
@@ -82,7 +82,7 @@ class Served:
 @contextlib.asynccontextmanager
 async def served(store: VolumeStore | Store, *, name: str = "local/default", **options: Any) -> AsyncIterator[Served]:
     """Serve a volume, or a store, until the block ends."""
-    whole: Store = store if isinstance(store, MemoryStore) or not hasattr(store, "scan_dir") else OneVolume(store)  # type: ignore[assignment]
+    whole = OneVolume(cast("VolumeStore", store)) if hasattr(store, "scan_dir") else store
     service = Served(whole, name, await prepare(whole), options)
     await service.start()
     try:

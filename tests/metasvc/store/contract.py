@@ -489,6 +489,30 @@ class StoreContract:
             await volume.commit(owner, 1, batch_of(session))
             assert (await volume.load({SESSION: [(1,)]}, {})).rows[SESSION] == [session]
 
+    # -- beside the volumes ------------------------------------------------------------------------------------------
+
+    async def test_a_setting_is_made_once_and_seen_by_all_processes(self, world: World) -> None:
+        async with world.running():
+            one, other = await world.process(), await world.process()
+            assert await one.setting("token-key") is None
+            assert await one.create_setting("token-key", b"\0first")
+            assert not await other.create_setting("token-key", b"second")
+            assert await other.setting("token-key") == await one.setting("token-key") == b"\0first"
+            assert await one.setting("another") is None
+            made = await asyncio.gather(
+                *(store.create_setting("race", b"%d" % n) for n, store in enumerate((one, other)))
+            )
+            assert sorted(made) == [False, True]
+
+    async def test_tenants_are_made_once_and_listed_in_order(self, world: World) -> None:
+        async with world.running():
+            one, other = await world.process(), await world.process()
+            assert await one.tenants() == []
+            assert await one.add_tenant("b", created_ns=1)
+            assert await other.add_tenant("a", created_ns=2)
+            assert not await other.add_tenant("b", created_ns=3)
+            assert list(await one.tenants()) == ["a", "b"]
+
     # -- commits --------------------------------------------------------------------------------------------------
 
     async def test_batches_are_numbered_without_a_gap(self, world: World) -> None:

@@ -224,5 +224,17 @@ class FaultyStore:
     async def delete_volume(self, tenant: str, name: str) -> None:
         await self._inner.delete_volume(tenant, name)
 
+    async def setting(self, name: str) -> bytes | None:
+        return await self._inner.setting(name)
+
+    async def create_setting(self, name: str, value: bytes) -> bool:
+        return await self._inner.create_setting(name, value)
+
+    async def add_tenant(self, name: str, *, created_ns: int) -> bool:
+        return await self._inner.add_tenant(name, created_ns=created_ns)
+
+    async def tenants(self) -> Sequence[str]:
+        return await self._inner.tenants()
+
     async def close(self) -> None:
         await self._inner.close()

@@ -1,0 +1,261 @@
+"""What breaks the protocol is refused with a clear line, and nobody else is disturbed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import struct
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+
+from client.meta.channel import AccessRefused, Endpoint, ServiceRefused
+from client.meta.connection import SessionConnection
+from metasvc.api import atoll_pb2 as pb
+from metasvc.errors import FsError, VolumeMissing
+from metasvc.model import ROOT_INO, Caller, Commit, Ino
+from metasvc.server import connection as server_connection
+from metasvc.server.service import MAX_MESSAGE_BYTES
+from metasvc.server.session import MAX_OUTSTANDING
+from metasvc.store.memory import MemoryStore
+from tests.metasvc.engine.volumes import format_volume
+from tests.metasvc.server.served import Served, connected, served
+
+ROOT = Caller()
+
+
+@asynccontextmanager
+async def running(**options: Any) -> AsyncIterator[Served]:
+    async with served(await format_volume(MemoryStore()), **options) as service:
+        yield service
+
+
+def from_client(*requests: pb.Request, **fields: Any) -> bytes:
+    return pb.FromClient(requests=requests, **fields).SerializeToString()
+
+
+def hello(**fields: Any) -> bytes:
+    return pb.FromClient(hello=pb.Hello(protocol=1, **fields)).SerializeToString()
+
+
+def stat(number: int) -> pb.Request:
+    return pb.Request(number=number, getattr=pb.GetAttr(inos=[1], one=True))
+
+
+async def refusal(service: Served, *messages: bytes, replies: int = 0) -> tuple[grpc.StatusCode, str]:
+    """Send messages on a stream of its own, read so many replies, and return how the service ends it."""
+    endpoint = service.endpoint()
+    async with endpoint.channel() as channel:
+        method: Any = channel.stream_stream("/atoll.v1.Volume/Session")
+        stream = method(metadata=endpoint.metadata(service.name))
+        try:
+            for message in messages:
+                await stream.write(message)
+            async with asyncio.timeout(60):
+                while await stream.read() is not grpc.aio.EOF:
+                    pass
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            pass
+        return await stream.code(), await stream.details()
+
+
+CASES: dict[str, tuple[list[bytes], str]] = {
+    "damaged from the start": ([b"\xff\xff\xff\xff"], "damaged"),
+    "no hello": ([from_client(stat(1))], "first message"),
+    "hello with requests": (
+        [pb.FromClient(hello=pb.Hello(protocol=1), requests=[stat(1)]).SerializeToString()],
+        "alone",
+    ),
+    "a second hello": ([hello(), hello()], "once"),
+    "too new": ([pb.FromClient(hello=pb.Hello(protocol=99)).SerializeToString()], "upgrade the service"),
+    "too old": ([pb.FromClient(hello=pb.Hello(protocol=0)).SerializeToString()], "upgrade the client"),
+    "damaged later": ([hello(), b"\x0a\xff\xff\xff\xff\xff"], "damaged"),
+    "number zero": ([hello(), from_client(stat(0))], "confirmation"),
+    "a number below what was confirmed": ([hello(), from_client(stat(5), confirmed=7)], "confirmation"),
+    "the same number twice at once": ([hello(), from_client(stat(3), stat(3))], "under way"),
+    "a number beyond all": ([hello(), from_client(stat(1 << 63))], "no request"),
+    "too many at once": ([hello(), from_client(*map(stat, range(1, MAX_OUTSTANDING + 2)))], "at once"),
+    "opens in crooked columns": ([hello(open_inos=[1, 2], open_counts=[1])], "columns"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+async def test_who_breaks_the_protocol_is_cut_off_with_the_reason_and_others_go_on(
+    case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    messages, reason = CASES[case]
+    async with running() as service, connected(service) as bystander:
+        with caplog.at_level(logging.WARNING):
+            status, details = await refusal(service, *messages)
+        assert status is grpc.StatusCode.INVALID_ARGUMENT
+        assert reason in details
+        assert any(reason in record.getMessage() for record in caplog.records)
+        assert (await bystander.meta.getattr(ROOT_INO)).is_dir
+        assert bystander.connection.reconnections == 0
+
+
+async def test_an_oversized_message_ends_its_stream_only() -> None:
+    async with running() as service, connected(service) as bystander:
+        big = from_client(
+            pb.Request(number=1, setxattr=pb.SetXattr(ino=1, name=b"user.x", value=bytes(MAX_MESSAGE_BYTES)))
+        )
+        endpoint = service.endpoint()
+        async with grpc.aio.insecure_channel(str(endpoint)) as channel:
+            method: Any = channel.stream_stream("/atoll.v1.Volume/Session")
+            stream = method(metadata=endpoint.metadata(service.name))
+            await stream.write(hello())
+            await stream.read()
+            await stream.write(big)
+            assert await stream.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (await bystander.meta.getattr(ROOT_INO)).is_dir
+
+
+async def test_who_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(server_connection, "HELLO_S", 0.3)
+    async with running() as service:
+        with caplog.at_level(logging.WARNING):
+            status, details = await refusal(service)
+        assert status is grpc.StatusCode.INVALID_ARGUMENT
+        assert "said nothing" in details
+        assert not service.service or not service.service.connections
+
+
+async def test_who_reads_nothing_is_cut_off_and_costs_a_bounded_amount_of_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server_connection, "WRITE_S", 1.0)
+    async with running() as service, connected(service) as writer:
+        parent = (await writer.meta.mkdir(ROOT, ROOT_INO, b"d", mode=0o755)).ino
+        await asyncio.gather(*(writer.meta.mknod(ROOT, parent, b"%0200d" % n, mode=0o100644) for n in range(1000)))
+        endpoint = service.endpoint()
+        async with endpoint.channel() as channel:
+            method: Any = channel.stream_stream("/atoll.v1.Volume/Session")
+            stream = method(metadata=endpoint.metadata(service.name))
+            await stream.write(hello())
+            assert service.service is not None
+            most = number = 0
+            writing: asyncio.Future[Any] = asyncio.ensure_future(asyncio.sleep(0))
+            async with asyncio.timeout(60):
+                while not any("reads nothing" in record.getMessage() for record in caplog.records):
+                    if writing.done():
+                        number += 1
+                        page = pb.Request(number=number, readdir=pb.ReadDir(ino=parent, limit=1000))
+                        writing = asyncio.ensure_future(stream.write(from_client(page, confirmed=number)))
+                    await asyncio.wait([writing], timeout=0.05)
+                    most = max([most, *(one._out_bytes for one in service.service.connections)])
+            stream.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+            page_bytes = 1000 * 300
+            assert most < server_connection.QUEUE_BYTES + MAX_OUTSTANDING * page_bytes
+        assert (await writer.meta.getattr(ROOT_INO)).is_dir
+
+
+@pytest.mark.parametrize("token", ["", "nonsense", "eyJhbGciOiJub25lIn0.eyJpc3MiOiJhdG9sbCIsImFkbWluIjp0cnVlfQ."])
+async def test_nobody_gets_in_without_the_token(token: str) -> None:
+    async with running() as service:
+        endpoint = Endpoint("127.0.0.1", service.port, token)
+        connection = SessionConnection(endpoint, service.name, host="h", pid=1, mountpoint="", timeout_s=5)
+        with pytest.raises(AccessRefused):
+            await connection.open(timeout_s=20)
+        async with endpoint.channel() as channel:
+            for method in ("Volume/Administer", "Tenancy/CreateVolume", "Tenancy/ListVolumes"):
+                call: Any = channel.unary_unary(f"/atoll.v1.{method}")
+                with pytest.raises(grpc.aio.AioRpcError) as failure:
+                    await call(b"", metadata=endpoint.metadata(service.name))
+                assert failure.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            check: Any = channel.unary_stream("/atoll.v1.Volume/Check")
+            with pytest.raises(grpc.aio.AioRpcError):
+                async for _ in check(b"", metadata=endpoint.metadata(service.name)):
+                    pass
+
+
+async def test_another_session_s_number_is_worth_nothing_without_its_secret() -> None:
+    async with running() as service, connected(service) as client:
+        status, details = await refusal(service, hello(session_id=client.connection.session_id, secret=b"guess"))
+        assert (status, details) == (grpc.StatusCode.FAILED_PRECONDITION, "session-ended")
+        assert (await client.meta.getattr(ROOT_INO)).is_dir
+
+
+@pytest.mark.parametrize("name", ["local/absent", "local", "a/b/c", "/", "../x", "local/\u00e9"])
+async def test_a_volume_that_is_none_is_refused(name: str) -> None:
+    async with served(MemoryStore()) as service:
+        connection = SessionConnection(service.endpoint(), name, host="h", pid=1, mountpoint="", timeout_s=5)
+        with pytest.raises((VolumeMissing, ServiceRefused)):
+            await connection.open(timeout_s=20)
+
+
+async def test_an_operation_that_the_service_does_not_know_is_answered_enosys() -> None:
+    async with running() as service, connected(service) as client:
+        with pytest.raises(FsError, match="upgrade"):
+            # An empty request is what an older service sees of a new operation: a field that it does not know.
+            pending = client.connection.call("getattr", pb.GetAttr(inos=[1], one=True))
+            client.connection._next = 1000
+            task = asyncio.ensure_future(pending)
+            await asyncio.sleep(0)
+            client.connection._pending[1000].request.ClearField("getattr")
+            await task
+        assert (await client.meta.getattr(ROOT_INO)).is_dir
+
+
+WRONG_COMMITS: dict[str, Callable[[int], pb.Commit]] = {
+    "digests that do not fit": lambda i: pb.Commit(
+        slices=[pb.WrittenSlice(slice_id=i, length=9 << 20, kind=1, data=bytes(16))]
+    ),
+    "bytes that do not fit": lambda i: pb.Commit(slices=[pb.WrittenSlice(slice_id=i, length=5, kind=0, data=b"abc")]),
+    "inline beyond the limit": lambda i: pb.Commit(
+        slices=[pb.WrittenSlice(slice_id=i, length=40_000, kind=0, data=bytes(40_000))]
+    ),
+    "a kind of the future": lambda i: pb.Commit(slices=[pb.WrittenSlice(slice_id=i, length=3, kind=9, data=b"abc")]),
+    "an empty slice": lambda i: pb.Commit(slices=[pb.WrittenSlice(slice_id=i, length=0, kind=0)]),
+    "a piece beyond the slice": lambda i: pb.Commit(
+        slices=[pb.WrittenSlice(slice_id=i, length=3, kind=0, data=b"abc", refs=_ref(0, i, 1, 3))]
+    ),
+    "a piece of another slice": lambda i: pb.Commit(
+        slices=[pb.WrittenSlice(slice_id=i, length=3, kind=0, data=b"abc", refs=_ref(0, i + 1, 0, 3))]
+    ),
+    "a piece beyond all files": lambda i: pb.Commit(
+        slices=[pb.WrittenSlice(slice_id=i, length=3, kind=0, data=b"abc", refs=_ref(1 << 62, i, 0, 3))]
+    ),
+    "torn pieces": lambda i: pb.Commit(
+        slices=[pb.WrittenSlice(slice_id=i, length=3, kind=0, data=b"abc", refs=_ref(0, i, 0, 3)[:-1])]
+    ),
+    "an end before the beginning": lambda i: pb.Commit(end=-1),
+    "an end beyond all files": lambda i: pb.Commit(end=1 << 62),
+}
+
+
+def _ref(offset: int, slice_id: int, skip: int, length: int) -> bytes:
+    return struct.pack("<QQII", offset, slice_id, skip, length)
+
+
+@pytest.mark.parametrize("case", WRONG_COMMITS)
+async def test_a_commit_that_cannot_be_is_refused_and_harms_nothing(case: str) -> None:
+    async with running() as service, connected(service) as client:
+        made = await client.meta.create(ROOT, ROOT_INO, b"f", mode=0o600, exclusive=True)
+        message = WRONG_COMMITS[case]((await client.meta.allocate_slices(1))[0])
+        message.ino = made.inode.ino
+        with pytest.raises(Exception, match=r"Invalid|ends within"):
+            await client.connection.call("commit", message)
+        good = Commit((), 10, 0)
+        assert (await client.meta.commit(ROOT, made.inode.ino, good)).size_bytes == 10
+        assert [problem async for problem in client.admin.check(repair=False)] == []
+
+
+@pytest.mark.parametrize("number", [0, 1 << 63, (1 << 64) - 1, 1 << 62])
+async def test_inode_numbers_may_be_anything(number: int) -> None:
+    async with running() as service, connected(service) as client:
+        for call in (
+            client.meta.getattr(Ino(number)),
+            client.meta.lookup(Ino(number), b"x"),
+            client.meta.open(Ino(number)),
+            client.meta.readdir(Ino(number), after=None, limit=10),
+            client.meta.unlink(ROOT, Ino(number), b"x"),
+            client.meta.reserve(Ino(number), end=5),
+        ):
+            with pytest.raises(FsError):
+                await call
+        await client.meta.release(Ino(1 << 62))

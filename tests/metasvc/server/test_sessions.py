@@ -41,8 +41,8 @@ async def stored(kind: str, directory: Path) -> AsyncIterator[Store]:
         await store.close()
 
 
-async def change_for_a_while(
-    client: Client, name: str, rand: random.Random, *, rounds: int
+async def change_until(
+    stop: asyncio.Event, client: Client, name: str, rand: random.Random
 ) -> tuple[dict[bytes, Ino], int]:
     """Create, link, rename and unlink, one after the other; what must be there then, and how many links the file has."""
     meta = client.meta
@@ -51,7 +51,9 @@ async def change_for_a_while(
     first = (await meta.mknod(ROOT, parent, b"first", mode=0o100644)).ino
     there[b"first"] = first
     links = 1
-    for number in range(rounds):
+    number = 0
+    while not stop.is_set():
+        number += 1
         fresh = b"%d" % number
         what = rand.randrange(5)
         if what == 0:
@@ -88,22 +90,30 @@ async def check(client: Client, name: str, there: dict[bytes, Ino], links: int) 
     assert [problem async for problem in client.admin.check(repair=False)] == []
 
 
+async def connected_again(*clients: Client, times: int) -> None:
+    """Wait until all have noticed so many breaks and are connected again."""
+    async with asyncio.timeout(60):
+        for client in clients:
+            connection = client.connection
+            while connection.reconnections < times or not connection.is_connected:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+
+
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
 async def test_connections_cut_at_random_lose_and_repeat_nothing(kind: str, tmp_path: Path, seed: int) -> None:
     rand = random.Random(seed)
     async with stored(kind, tmp_path) as store, served(store) as service, Cutter(service.port) as cutter:
         async with connected(service, port=cutter.port) as client:
-            work = [
-                asyncio.create_task(change_for_a_while(client, f"d{n}", random.Random(seed + n), rounds=80))
-                for n in range(4)
-            ]
-            while not all(task.done() for task in work):
-                await asyncio.sleep(rand.uniform(0.0, 0.15))
+            stop = asyncio.Event()
+            work = [asyncio.create_task(change_until(stop, client, f"d{n}", random.Random(seed + n))) for n in range(4)]
+            for number in range(1, 13):
+                await asyncio.sleep(rand.choice([0.0, 0.01, 0.1]) * rand.random())
                 cutter.cut()
-            done = [await task for task in work]
-            for number, (there, links) in enumerate(done):
+                await connected_again(client, times=number)
+            stop.set()
+            for number, task in enumerate(work):
+                there, links = await task
                 await check(client, f"d{number}", there, links)
-            assert client.connection.reconnections >= 3
         assert (await service.volume()).sessions == {}
 
 
@@ -116,20 +126,20 @@ async def test_restarts_of_the_service_lose_and_repeat_nothing(kind: str, tmp_pa
         connected(service) as one,
         connected(service) as other,
     ):
+        stop = asyncio.Event()
         work = [
-            asyncio.create_task(change_for_a_while(client, f"d{n}", random.Random(seed + n), rounds=100))
+            asyncio.create_task(change_until(stop, client, f"d{n}", random.Random(seed + n)))
             for n, client in enumerate((one, other, one, other))
         ]
-        restarts = 0
-        while not all(task.done() for task in work):
-            await asyncio.sleep(rand.uniform(0.02, 0.12))
+        for number in range(1, 5):
+            await asyncio.sleep(0.2 * rand.random())
             await service.stop()
             await service.start()
-            restarts += 1
+            await connected_again(one, other, times=number)
+        stop.set()
         for number, task in enumerate(work):
             there, links = await task
             await check(one, f"d{number}", there, links)
-        assert restarts >= 2
         assert one.connection.session_id != other.connection.session_id
         assert (await service.volume()).expired_total == 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,6 +17,9 @@ from chunkstore.errors import AtollError
 from metasvc.model import PATH_MAX_BYTES
 
 SERVICE_SCHEME: Final = "atoll://"
+_SERVICE_ADDRESS: Final = re.compile(
+    r"atoll://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5})/(?P<tenant>[^/:]+)/(?P<volume>[^/:]+)/?"
+)
 META_DB: Final = "meta.db"
 OBJECTS: Final = "objects"
 
@@ -49,10 +53,33 @@ class EmbeddedAddress:
 
 
 @dataclass(frozen=True, slots=True)
+class ServiceAddress:
+    """A volume of a service."""
+
+    host: str
+    """A name or an IP address, IPv6 in brackets."""
+    port: int
+    tenant: str
+    volume: str
+
+    @property
+    def name(self) -> str:
+        """Return what the service calls the volume."""
+        return f"{self.tenant}/{self.volume}"
+
+    def __str__(self) -> str:
+        """Return the address as mounts show it (fsname) and users type it."""
+        return f"{SERVICE_SCHEME}{self.host}:{self.port}/{self.tenant}/{self.volume}"
+
+
+Address = EmbeddedAddress | ServiceAddress
+
+
+@dataclass(frozen=True, slots=True)
 class VolumePath:
     """A file of a volume, named without a mount."""
 
-    address: EmbeddedAddress
+    address: Address
     path: bytes
     """Absolute within the volume, without ``.``, ``..`` and doubled slashes."""
 
@@ -66,15 +93,13 @@ def split_path(text: str) -> tuple[str, str | None]:
     return text, None
 
 
-def parse_address(text: str) -> EmbeddedAddress:
+def parse_address(text: str) -> Address:
     """Read the address of a volume; relative paths count from the working directory. Nothing has to exist.
 
-    AddressInvalid for a service's address, an empty text, and one that no path may be.
+    AddressInvalid for an empty text, one that no path may be, and one of a service that lacks a part.
     """
     if text.startswith(SERVICE_SCHEME):
-        raise AddressInvalid(
-            f"{shown(text)}: volumes of a service arrive with a later version; give the directory of an embedded volume"
-        )
+        return _parse_service_address(text)
     if "://" in text:
         raise AddressInvalid(
             f"{shown(text)} is no address: give the directory of an embedded volume (bucket URLs go to --bucket)"
@@ -94,6 +119,13 @@ def parse_address(text: str) -> EmbeddedAddress:
             f"{shown(text)}: {error.strerror}; give the directory of a volume", errno=error.errno
         ) from error
     return EmbeddedAddress(directory)
+
+
+def _parse_service_address(text: str) -> ServiceAddress:
+    match = _SERVICE_ADDRESS.fullmatch(text)
+    if match is None or not 0 < int(match["port"]) < 1 << 16:
+        raise AddressInvalid(f"{shown(text)} is no address of a volume: give atoll://HOST:PORT/TENANT/VOLUME")
+    return ServiceAddress(match["host"], int(match["port"]), match["tenant"], match["volume"])
 
 
 def parse_volume_path(text: str) -> VolumePath | None:

@@ -28,19 +28,20 @@ from chunkstore.block import Codec
 from chunkstore.buckets import Limits
 from chunkstore.errors import AtollError, BucketUnavailable
 from chunkstore.slices import ChunkStore, ChunkStoreConfig, Durability
-from client.address import EmbeddedAddress, components, shown
+from client.address import Address, components, shown
 from client.admin.operations import run_operation
 from client.admin.stats import stats_text
 from client.control.endpoint import Peer
 from client.control.messages import ControlError, JsonObject, Progress, Request, text_of
 from client.control.server import ControlServer, Report
+from client.holder import make_holder_directory
 from client.jobs import Jobs, settle_staged
 from client.staged import MountRecord, staged_in, write_record
 from client.transport import MountOptions
 from client.vfs.options import VfsOptions
 from client.vfs.vfs import Vfs
 from client.vfs.virtual import VirtualFile
-from client.volume import HOLDER_WAIT_S, MOUNT_OWNER, OpenVolume, open_volume, open_volume_bucket
+from client.volume import HOLDER_WAIT_S, MOUNT_OWNER, Access, OpenVolume, open_volume, open_volume_bucket
 from metasvc.errors import FsError
 from metasvc.model import ROOT_INO, Caller, Ino
 
@@ -64,7 +65,7 @@ class NotReady(AtollError):
 class MountRequest:
     """What was asked of `atoll mount`, checked."""
 
-    address: EmbeddedAddress
+    address: Address
     mountpoint: str
     """Absolute, free of symbolic links."""
     cache_dir: Path
@@ -78,6 +79,8 @@ class MountRequest:
     allow_other: bool
     log_path: str
     """Empty if the log goes to stderr."""
+    access: Access | None = None
+    """For a volume of a service."""
 
 
 class Mount:
@@ -169,7 +172,9 @@ class MountProcess:
                     owner=f"{MOUNT_OWNER}{request.mountpoint}",
                     env=self._env,
                     wait_s=HOLDER_WAIT_S,
-                    lost=self._engine_failed,
+                    lost=self._volume_lost,
+                    mountpoint=request.mountpoint,
+                    access=request.access,
                 )
             )
             self._volume = volume
@@ -178,12 +183,13 @@ class MountProcess:
             meta = await stack.enter_async_context(volume.session(mountpoint=request.mountpoint, root=root))
             lengths = dict(staged_in(request.cache_dir, volume.format).lengths)
             chunks = await stack.enter_async_context(ChunkStore(self._chunk_config(volume), bucket=volume.bucket()))
-            self._write_record()
+            directory = make_holder_directory(request.address, request.mountpoint, env=self._env)
+            self._write_record(directory)
             vfs = self._make_vfs(volume, meta, chunks, root)
             self._mount = volume.mounting = Mount(request, vfs, chunks)
             staged = await chunks.recover()
             control = await stack.enter_async_context(
-                ControlServer(request.address.directory, self._answer, unexpected=self._unexpected)
+                ControlServer(directory, self._answer, unexpected=self._unexpected)
             )
             await settle_staged(volume, chunks, lengths, staged, log=self._log)
             async with vfs:
@@ -233,7 +239,7 @@ class MountProcess:
             ino = inode.ino
         return ino
 
-    def _write_record(self) -> None:
+    def _write_record(self, directory: str) -> None:
         request = self._request
         record = MountRecord(
             pid=os.getpid(),
@@ -243,11 +249,13 @@ class MountProcess:
             log_path=request.log_path,
             started_ns=time.time_ns(),
         )
-        write_record(request.address, record)
+        write_record(directory, record)
 
     def _make_vfs(self, volume: OpenVolume, meta: Any, chunks: ChunkStore, root: Ino) -> Vfs:
+        read_only = self._request.read_only
         # An embedded volume has one session at a time, this one: nobody else changes what the kernel keeps.
-        options = replace(VfsOptions.sole_session(read_only=self._request.read_only), root=root)
+        options = VfsOptions.sole_session(read_only=read_only) if volume.is_sole else VfsOptions(read_only=read_only)
+        options = replace(options, root=root)
         files = [
             VirtualFile(b"stats", lambda: stats_text(volume).encode()),
             VirtualFile(b"config", self._config_text, 0o400),
@@ -285,7 +293,7 @@ class MountProcess:
         try:
             async with asyncio.TaskGroup() as tasks:
                 beside = [tasks.create_task(self._stop_transport(transport), name="stop")]
-                if not request.read_only:
+                if not request.read_only and self._opened()[0].is_sole:
                     beside.append(tasks.create_task(jobs.run(), name="jobs"))
                 try:
                     await transport.serve(ready=self._answers)
@@ -314,13 +322,13 @@ class MountProcess:
         self._answered.set()
         self._ready()
 
-    def _engine_failed(self) -> None:
+    def _volume_lost(self) -> None:
         """Die, and leave the mount point dead.
 
         Nothing can be committed any more, so there is nothing to save. Were it unmounted instead, programs would go on
         writing, into the empty directory below; a dead mount refuses them (ENOTCONN) until somebody mounts again.
         """
-        failure = self._volume.engine.failure if self._volume is not None else None
+        failure = self._volume.failure if self._volume is not None else None
         self._log.error(
             "the volume was lost: this mount ends", error=str(failure), remedy="see the error, then mount again"
         )

@@ -1,8 +1,8 @@
 """What the last mount of a volume left on this node: where its cache is, and which slices in it wait for upload.
 
-Owns the file ``mount.json`` in the directory of an embedded volume: one JSON object that the mount writes when it starts and
-leaves there. Commands that find no holder look there: data that durability ``local`` acknowledged lie in that cache until the
-volume is mounted again, and are no loss.
+Owns the file ``mount.json`` in the directory of a holder (client.holder): one JSON object that the mount writes when it
+starts and leaves there. Commands that find no holder look there: data that durability ``local`` acknowledged lie in that cache
+until the volume is mounted again, and are no loss.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from chunkstore.geometry import SliceId
-from client.address import EmbeddedAddress
+from client.address import Address, EmbeddedAddress
 from metasvc.model import VolumeFormat
 
 RECORD_NAME: Final = "mount.json"
@@ -36,9 +36,9 @@ class MountRecord:
     started_ns: int
 
 
-def write_record(address: EmbeddedAddress, record: MountRecord) -> None:
-    """Replace the record. OSError where the volume's directory cannot be written."""
-    path = os.path.join(address.directory, RECORD_NAME)
+def write_record(directory: str, record: MountRecord) -> None:
+    """Replace the record. OSError where the directory cannot be written."""
+    path = os.path.join(directory, RECORD_NAME)
     temporary = f"{path}.{os.getpid()}"
     with open(temporary, "w", encoding="ascii", opener=_private) as file:
         json.dump({"version": VERSION, **asdict(record)}, file)
@@ -51,10 +51,10 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def read_record(address: EmbeddedAddress) -> MountRecord | None:
+def read_record(directory: str) -> MountRecord | None:
     """Return what the last mount wrote; None if there was none, or what is there cannot be read."""
     try:
-        with open(os.path.join(address.directory, RECORD_NAME), "rb") as file:
+        with open(os.path.join(directory, RECORD_NAME), "rb") as file:
             document = json.loads(file.read(MAX_RECORD_BYTES))
         if document.pop("version") != VERSION:
             return None
@@ -81,9 +81,9 @@ class Staged:
         return sum(self.lengths.values())
 
 
-def staged_before(address: EmbeddedAddress, volume_format: VolumeFormat) -> Staged:
-    """Return what earlier mounts left staged in the cache that the last one used."""
-    record = read_record(address)
+def staged_before(address: Address, volume_format: VolumeFormat) -> Staged:
+    """Return what earlier mounts left staged in the cache that the last one used; of a service's mounts nothing is known."""
+    record = read_record(address.directory) if isinstance(address, EmbeddedAddress) else None
     return Staged("", {}) if record is None else staged_in(Path(record.cache_dir), volume_format)
 
 

@@ -7,17 +7,20 @@ the one place outside client.cli that knows which store and which engine there a
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 from chunkstore.errors import AtollError
-from client.address import EmbeddedAddress, shown
+from client.address import Address, EmbeddedAddress, ServiceAddress, shown
 from client.control.messages import JsonObject
 from metasvc.api import MetaClient
 from metasvc.api.admin import MetaAdmin
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from chunkstore.buckets import Limits, VerbCounters
     from chunkstore.buckets.retry import RetryingStore
     from chunkstore.slices import ChunkStore
+    from client.meta.connection import SessionConnection
     from metasvc.engine import Engine
     from metasvc.store import VolumeStore
 
@@ -44,6 +48,21 @@ EMBEDDED_TTL_S: Final = 10 * 365 * 86400.0
 fenced. A lease of seconds would end a mount that a suspended laptop, or a disk stalled for ten seconds, kept from renewing."""
 MOUNT_OWNER: Final = "the mount at "
 """How the owner's address of a mount begins; its mount point follows."""
+
+
+META_TIMEOUT_S: Final = 300.0
+"""How long operations wait for a service that is away, unless the mount says otherwise."""
+CONNECT_S: Final = 10.0
+"""How long a command waits for a service that does not answer."""
+TOKEN_VARIABLE: Final = "ATOLL_TOKEN"
+MAX_TOKEN_BYTES: Final = 64 << 10
+
+
+class TokenMissing(AtollError):
+    """Say that there is no token, and how to give one."""
+
+    code = "no-token"
+    errno = errno.EACCES
 
 
 class VolumeBusy(AtollError):
@@ -102,20 +121,16 @@ class Mounting(Protocol):
         ...
 
 
-class OpenVolume:
+class OpenVolume(ABC):
     """One open volume. Made by open_volume(); commands and the mount share it."""
 
-    def __init__(
-        self, address: EmbeddedAddress, *, engine: Engine, env: Mapping[str, str], closing: AsyncExitStack
-    ) -> None:
-        """Take an engine that owns the volume; what is opened later is closed with ``closing``."""
-        from metasvc.engine import EngineAdmin, EngineSession
+    meta: MetaClient
+    """For reading by commands, which open no files."""
+    admin: MetaAdmin
 
+    def __init__(self, address: Address, *, env: Mapping[str, str], closing: AsyncExitStack) -> None:
+        """What is opened later is closed with ``closing``."""
         self.address = address
-        self.engine = engine
-        self.admin: MetaAdmin = EngineAdmin(engine)
-        # For reading by commands: it opens no file, so it needs no row that a crash would leave behind.
-        self.meta: MetaClient = EngineSession(engine, SessionId(0))
         self.mounting: Mounting | None = None
         """Set by the mount, if this process is one."""
         self._env = env
@@ -126,7 +141,7 @@ class OpenVolume:
     @property
     def format(self) -> VolumeFormat:
         """Return the volume's format."""
-        return self.engine.format
+        return self.meta.format
 
     def caller(self, uid: int, gid: int) -> Caller:
         """Return credentials for one call that changes something."""
@@ -148,9 +163,48 @@ class OpenVolume:
         """Return what was counted of requests to the bucket, by verb; nothing if it was not opened."""
         return {} if self._bucket is None else self._bucket.counters()
 
+    @abstractmethod
     def meta_counters(self) -> dict[str, int]:
-        """Return the counters of the engine, without asking it anything: for the virtual file of the mount."""
-        engine = self.engine
+        """Return the counters of the metadata, without asking anything: for the virtual file of the mount."""
+
+    @property
+    @abstractmethod
+    def failure(self) -> AtollError | None:
+        """Return why the volume was lost, if it was."""
+
+    @property
+    @abstractmethod
+    def is_sole(self) -> bool:
+        """Whether nobody else can change the volume while it is open."""
+
+    @abstractmethod
+    def session(self, *, mountpoint: str, root: Ino = ROOT_INO) -> AbstractAsyncContextManager[MetaClient]:
+        """Begin a session that may write, and end it. ``root`` is the directory that it will show first."""
+
+
+class EmbeddedVolume(OpenVolume):
+    """A volume whose engine runs in this process."""
+
+    is_sole = True
+
+    def __init__(
+        self, address: EmbeddedAddress, *, engine: Engine, env: Mapping[str, str], closing: AsyncExitStack
+    ) -> None:
+        """Take an engine that owns the volume."""
+        from metasvc.engine import EngineAdmin, EngineSession
+
+        super().__init__(address, env=env, closing=closing)
+        self._engine = engine
+        self.admin = EngineAdmin(engine)
+        # It needs no row that a crash would leave behind.
+        self.meta = EngineSession(engine, SessionId(0))
+
+    @property
+    def failure(self) -> AtollError | None:
+        return self._engine.failure
+
+    def meta_counters(self) -> dict[str, int]:
+        engine = self._engine
         return {
             "operations_total": engine.operations_total,
             "restarts_total": engine.restarts_total,
@@ -161,11 +215,10 @@ class OpenVolume:
 
     @asynccontextmanager
     async def session(self, *, mountpoint: str, root: Ino = ROOT_INO) -> AsyncIterator[MetaClient]:
-        """Begin a session that may write, and end it. ``root`` is the directory that it will show first."""
         from metasvc.engine import EngineSession
 
         session = await EngineSession.begin(
-            self.engine,
+            self._engine,
             host=socket.gethostname(),
             pid=os.getpid(),
             mountpoint=os.fsencode(mountpoint).decode(errors="replace"),
@@ -175,8 +228,48 @@ class OpenVolume:
             yield session
 
 
+class ServiceVolume(OpenVolume):
+    """A volume of a service, reached over gRPC. It has one session, from its opening to its end."""
+
+    is_sole = False
+
+    def __init__(
+        self,
+        address: ServiceAddress,
+        *,
+        connection: SessionConnection,
+        admin: MetaAdmin,
+        env: Mapping[str, str],
+        closing: AsyncExitStack,
+    ) -> None:
+        """Take a session that is connected."""
+        from client.meta.remote import RemoteMeta
+
+        super().__init__(address, env=env, closing=closing)
+        self._connection = connection
+        self.admin = admin
+        self.meta = RemoteMeta(connection)
+
+    @property
+    def failure(self) -> AtollError | None:
+        return self._connection.failure
+
+    def meta_counters(self) -> dict[str, int]:
+        connection = self._connection
+        return {
+            "operations_total": connection.requests,
+            "messages_sent_total": connection.messages_sent,
+            "messages_received_total": connection.messages_received,
+            "reconnections_total": connection.reconnections,
+        }
+
+    @asynccontextmanager
+    async def session(self, *, mountpoint: str, root: Ino = ROOT_INO) -> AsyncIterator[MetaClient]:
+        yield self.meta
+
+
 def open_volume_bucket(
-    address: EmbeddedAddress, bucket_url: str, *, env: Mapping[str, str], limits: Limits | None = None
+    address: Address, bucket_url: str, *, env: Mapping[str, str], limits: Limits | None = None
 ) -> RetryingStore:
     """Return the bucket of a volume; the default one is found relative to the address. Sends nothing."""
     from chunkstore.buckets import Limits, open_bucket
@@ -187,6 +280,7 @@ def open_volume_bucket(
     from chunkstore.buckets.directory import DirectoryStore
     from chunkstore.buckets.retry import RetryingStore
 
+    assert isinstance(address, EmbeddedAddress), "a service says where its buckets are"
     return RetryingStore(DirectoryStore(address.objects), limits=limits or Limits())
 
 
@@ -206,20 +300,98 @@ def check_is_volume(address: EmbeddedAddress) -> None:
     raise VolumeMissing(f"{where} is no volume, it has no meta.db: give the directory that `atoll format` made")
 
 
-@asynccontextmanager
-async def open_volume(
-    address: EmbeddedAddress,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """How to get at a volume of a service."""
+
+    token: str
+    timeout_s: float = META_TIMEOUT_S
+    """How long operations wait for a service that is away."""
+
+
+def open_volume(
+    address: Address,
     *,
     owner: str,
     env: Mapping[str, str],
     wait_s: float = 0.0,
     lost: Callable[[], object] | None = None,
-) -> AsyncIterator[OpenVolume]:
-    """Own an embedded volume and yield it open; leaving commits, releases and closes.
+    mountpoint: str = "",
+    access: Access | None = None,
+) -> AbstractAsyncContextManager[OpenVolume]:
+    """Open a volume: own an embedded one, or begin a session of one of a service. Leaving closes it.
 
-    ``owner`` is what others are told while this holds the volume: "the mount at …" or the command. NotOwner if another
-    process has it after ``wait_s``; VolumeMissing, SchemaTooNew, StoreError. ``lost`` is called if the engine fails.
+    Embedded: ``owner`` is what others are told while this holds the volume: "the mount at …" or the command. NotOwner if
+    another process has it after ``wait_s``; VolumeMissing, SchemaTooNew, StoreError. Service: ``access`` is needed;
+    VolumeMissing, ServiceUnavailable after ``wait_s``, AccessRefused. ``lost`` is called if the volume is lost later.
     """
+    if isinstance(address, EmbeddedAddress):
+        return _open_embedded(address, owner=owner, env=env, wait_s=wait_s, lost=lost)
+    if access is None:
+        access = Access(token=read_token(None, env=env))
+    return _open_service(address, env=env, wait_s=wait_s, lost=lost, mountpoint=mountpoint, access=access)
+
+
+def read_token(path: str | None, *, env: Mapping[str, str]) -> str:
+    """Return the token in a file, or that of ATOLL_TOKEN. TokenMissing with the remedy."""
+    if path is None:
+        token = env.get(TOKEN_VARIABLE, "").strip()
+        if not token:
+            raise TokenMissing(f"there is no token for the service: give --token-file, or set {TOKEN_VARIABLE}")
+        return token
+    try:
+        with open(path, encoding="ascii") as file:
+            token = file.read(MAX_TOKEN_BYTES).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise TokenMissing(f"token file {shown(path)}: {reason}; give another with --token-file") from error
+    if not token:
+        raise TokenMissing(f"token file {shown(path)} is empty: give another with --token-file")
+    return token
+
+
+@asynccontextmanager
+async def _open_service(
+    address: ServiceAddress,
+    *,
+    env: Mapping[str, str],
+    wait_s: float,
+    lost: Callable[[], object] | None,
+    mountpoint: str,
+    access: Access,
+) -> AsyncIterator[OpenVolume]:
+    from client.meta.admin import RemoteAdmin
+    from client.meta.channel import Endpoint
+    from client.meta.connection import SessionConnection
+
+    endpoint = Endpoint(address.host, address.port, access.token)
+    connection = SessionConnection(
+        endpoint,
+        address.name,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        mountpoint=os.fsencode(mountpoint).decode(errors="replace"),
+        timeout_s=access.timeout_s,
+        lost=lost,
+    )
+    async with AsyncExitStack() as stack:
+        await connection.open(timeout_s=max(wait_s, CONNECT_S))
+        stack.push_async_callback(connection.close)
+        channel = endpoint.channel()
+        stack.push_async_callback(channel.close)
+        admin = RemoteAdmin(channel, endpoint, address.name, timeout_s=access.timeout_s)
+        yield ServiceVolume(address, connection=connection, admin=admin, env=env, closing=stack)
+
+
+@asynccontextmanager
+async def _open_embedded(
+    address: EmbeddedAddress,
+    *,
+    owner: str,
+    env: Mapping[str, str],
+    wait_s: float,
+    lost: Callable[[], object] | None,
+) -> AsyncIterator[OpenVolume]:
     from metasvc.store.open import open_store
 
     check_is_volume(address)
@@ -232,7 +404,7 @@ async def open_volume(
         if lost is not None:
             watch = asyncio.create_task(_watch(engine, lost), name="engine failure")
             stack.push_async_callback(_cancelled, watch)
-        yield OpenVolume(address, engine=engine, env=env, closing=stack)
+        yield EmbeddedVolume(address, engine=engine, env=env, closing=stack)
 
 
 async def read_uuid(address: EmbeddedAddress) -> str:

@@ -118,7 +118,7 @@ async def delete_slices(volume: OpenVolume, rows: list[Garbage]) -> None:
 async def _collect_leaked(asked: Asked, tally: Tally, *, dry_run: bool) -> None:
     volume = asked.volume
     bucket = volume.bucket()
-    own_session = 0 if volume.mounting is None else 1
+    own_session = 0 if volume.mounting is None and volume.is_sole else 1
     others = len((await volume.admin.status()).sessions) > own_session
     youngest_ns = time.time_ns() - int(SAFETY_AGE_S * 1e9) if others else None
     group: LiveGroup | None = None

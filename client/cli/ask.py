@@ -16,32 +16,33 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from client.address import AddressInvalid, EmbeddedAddress, normalize, parse_address, parse_volume_path, shown
+from client.address import Address, AddressInvalid, EmbeddedAddress, normalize, parse_address, parse_volume_path, shown
 from client.cli.progress import Shown, shown_progress
 from client.control.caller import HolderLost, RemoteError, call_holder
 from client.control.messages import JsonObject, Progress, Request, text_of
+from client.holder import holder_directory
 from client.mounts import Place, place_of
 from metasvc.errors import NotOwner
 
 WAIT_S: Final = 10.0
 """How long a holder that is ending is waited for."""
 POLL_S: Final = 0.1
-ENDING: Final = "holder-ending"
-"""The code with which a holder that is ending refuses: it will be gone soon."""
+ENDING: Final = "holder-not-ready"
+"""The code with which a holder refuses that is starting or ending: it will be ready, or gone, soon."""
 
 
 @dataclass(frozen=True, slots=True)
 class Named:
     """What an ADDRESS or PATH argument names: a volume and a path in it."""
 
-    address: EmbeddedAddress
+    address: Address
     path: bytes
-    in_mount: bool
-    """The path counts from the root of a mount, which may be a subdirectory of the volume."""
+    mountpoint: str = ""
+    """Set if the path counts from the root of this mount, which may be a subdirectory of the volume."""
 
     def target(self, *, follow: bool = False) -> JsonObject:
         """Return the path as operations take it."""
-        return {"path": text_of(self.path), "in_mount": self.in_mount, "follow": follow}
+        return {"path": text_of(self.path), "in_mount": bool(self.mountpoint), "follow": follow}
 
 
 def named_path(text: str) -> Named:
@@ -51,25 +52,25 @@ def named_path(text: str) -> Named:
     """
     found = parse_volume_path(text)
     if found is not None:
-        return Named(found.address, found.path, in_mount=False)
+        return Named(found.address, found.path)
     # A trailing slash asks for what a symbolic link points to, as with any program.
     place = _place(text)
     if place is None:
         raise AddressInvalid(f"{shown(text)} lies on no mounted volume: give a path under a mount, or ADDRESS:/path")
-    return Named(parse_address(place.mount.source), place.path, in_mount=True)
+    return Named(parse_address(place.mount.source), place.path, place.mount.mountpoint)
 
 
 def named_volume(text: str) -> Named:
     """Return what an ADDRESS argument names; a path under a mount stands for its volume, ADDRESS:/path is taken, too."""
     found = parse_volume_path(text)
     if found is not None:
-        return Named(found.address, found.path, in_mount=False)
+        return Named(found.address, found.path)
     address = parse_address(text)
-    if not os.path.isfile(address.meta_db):
+    if isinstance(address, EmbeddedAddress) and not os.path.isfile(address.meta_db):
         place = _place(text)
         if place is not None:
-            return Named(parse_address(place.mount.source), place.path, in_mount=True)
-    return Named(address, b"/", in_mount=False)
+            return Named(parse_address(place.mount.source), place.path, place.mount.mountpoint)
+    return Named(address, b"/")
 
 
 def _place(text: str) -> Place | None:
@@ -94,19 +95,25 @@ def _place(text: str) -> Place | None:
     return place if place.mount.is_ours else None
 
 
-def ask(address: EmbeddedAddress, name: str, params: JsonObject, *, command: str) -> JsonObject:
+def ask(named: Named, name: str, params: JsonObject, *, command: str) -> JsonObject:
     """Return the result of an operation on a volume. ``command`` is what others are told while this holds the volume.
 
-    VolumeMissing; VolumeBusy after 10 s if another command has the volume; the operation's own errors.
+    A volume of a service is asked at its mount if a path under one was given, else at the service. VolumeMissing; VolumeBusy
+    after 10 s if another command has the volume; the operation's own errors.
     """
     from client.volume import check_is_volume
 
-    check_is_volume(address)
+    address = named.address
+    if isinstance(address, EmbeddedAddress):
+        check_is_volume(address)
+    directory = holder_directory(address, named.mountpoint, env=os.environ)
     request = Request(name, params)
     deadline_s = time.monotonic() + WAIT_S
     with shown_progress() as shown_to:
         while True:
-            answer = _ask_holder(address, request, shown_to, deadline_s=deadline_s)
+            answer = None
+            if directory is not None:
+                answer = _ask_holder(directory, request, shown_to, deadline_s=deadline_s)
             if answer is None:
                 answer = _ask_here(address, request, shown_to, command=command, deadline_s=deadline_s)
             if answer is not None:
@@ -114,12 +121,12 @@ def ask(address: EmbeddedAddress, name: str, params: JsonObject, *, command: str
             time.sleep(POLL_S)
 
 
-def _ask_holder(address: EmbeddedAddress, request: Request, shown_to: Shown, *, deadline_s: float) -> JsonObject | None:
+def _ask_holder(directory: str, request: Request, shown_to: Shown, *, deadline_s: float) -> JsonObject | None:
     """Return the holder's answer; None if there is no holder, or it is ending and may be waited for."""
     from client.admin.operations import OPERATIONS
 
     try:
-        call = call_holder(address.directory)
+        call = call_holder(directory)
         if call is None:
             return None
         with call:
@@ -135,7 +142,7 @@ def _ask_holder(address: EmbeddedAddress, request: Request, shown_to: Shown, *, 
 
 
 def _ask_here(
-    address: EmbeddedAddress, request: Request, shown_to: Shown, *, command: str, deadline_s: float
+    address: Address, request: Request, shown_to: Shown, *, command: str, deadline_s: float
 ) -> JsonObject | None:
     """Return the answer of the same operation in this process; None if somebody else has the volume now."""
     import asyncio
@@ -150,7 +157,7 @@ def _ask_here(
     return None
 
 
-async def _operate(address: EmbeddedAddress, request: Request, shown_to: Shown, *, command: str) -> JsonObject:
+async def _operate(address: Address, request: Request, shown_to: Shown, *, command: str) -> JsonObject:
     from client.admin.operations import run_operation
     from client.cli.output import keep_quiet
     from client.control.endpoint import Peer

@@ -21,7 +21,7 @@ def command(source: str, destination: str, *, as_json: bool) -> None:
     if first.address != second.address:
         raise click.UsageError(f"{shown(source)} and {shown(destination)} are in two volumes: copy instead")
     params = {"source": first.target(), "target": second.target()}
-    document = ask(first.address, "clone", params, command="clone")
+    document = ask(first, "clone", params, command="clone")
     if as_json:
         echo_json(document)
         return

@@ -17,7 +17,17 @@ from typing import Any
 import click
 
 from chunkstore.errors import AtollError
-from client.address import META_DB, OBJECTS, AddressInvalid, EmbeddedAddress, parse_address, shown, split_path
+from client.address import (
+    META_DB,
+    OBJECTS,
+    Address,
+    AddressInvalid,
+    EmbeddedAddress,
+    ServiceAddress,
+    parse_address,
+    shown,
+    split_path,
+)
 from client.cli.options import COUNT, DAYS, SIZE, json_option
 from client.cli.output import echo_json, keep_quiet, limit
 from client.sizes import format_size
@@ -71,6 +81,7 @@ class CompressionType(click.ParamType[str]):
 @click.option(
     "--inline-limit", type=SIZE, default="32KiB", show_default=True, help="Files up to this lie with the metadata."
 )
+@click.option("--token-file", metavar="FILE", help="The token for a service  [default: ATOLL_TOKEN]")
 @json_option
 def command(
     address: str,
@@ -83,11 +94,13 @@ def command(
     inodes: int,
     trash_days: float,
     inline_limit: int,
+    token_file: str | None,
     as_json: bool,
 ) -> None:
-    """Make a volume at ADDRESS, a directory that is absent or empty.
+    """Make a volume at ADDRESS: a directory that is absent or empty, or atoll://HOST:PORT/TENANT/VOLUME.
 
-    Without --bucket its bytes lie in ADDRESS/objects. Keys of a bucket are read from the environment of each command.
+    Without --bucket the bytes of an embedded volume lie in ADDRESS/objects. Keys of a bucket are read from the environment of
+    each command.
     """
     from client.volume import DEFAULT_BUCKET, NAME, TENANT
 
@@ -98,10 +111,12 @@ def command(
     if create_bucket and bucket is None:
         raise click.UsageError("--create-bucket goes with --bucket: leave it out, the directory objects is always made")
     where = parse_address(address)
+    if isinstance(where, ServiceAddress) and bucket is None:
+        raise click.UsageError("a volume of a service needs --bucket: its clients are on many machines")
     volume_format = VolumeFormat(
         uuid=str(uuid.uuid4()),
-        tenant=TENANT,
-        name=NAME,
+        tenant=where.tenant if isinstance(where, ServiceAddress) else TENANT,
+        name=where.volume if isinstance(where, ServiceAddress) else NAME,
         bucket_url=bucket if bucket is not None else DEFAULT_BUCKET,
         block_bytes=block_size,
         compression=compression,
@@ -112,14 +127,17 @@ def command(
         created_ns=time.time_ns(),
     )
     keep_quiet()
-    _check_free(where)
-    asyncio.run(_make(where, volume_format, create_bucket=create_bucket))
+    if isinstance(where, ServiceAddress):
+        asyncio.run(_make_at_service(where, volume_format, token_file=token_file, create_bucket=create_bucket))
+    else:
+        _check_free(where)
+        asyncio.run(_make(where, volume_format, create_bucket=create_bucket))
     if as_json:
         from client.admin.status import format_json
 
         echo_json({"address": str(where), "format": format_json(volume_format)})
         return
-    place = bucket if bucket is not None else where.objects
+    place = where.objects if isinstance(where, EmbeddedAddress) and bucket is None else bucket or ""
     click.echo(f"{shown(str(where))}: volume {volume_format.uuid}, bytes in {shown(place)}")
     click.echo(
         f"blocks of {format_size(block_size)}, compression {compression}, capacity {limit(capacity)}, "
@@ -183,7 +201,20 @@ async def _make(address: EmbeddedAddress, volume_format: VolumeFormat, *, create
         raise
 
 
-async def _prepare_bucket(address: EmbeddedAddress, url: str, *, create: bool) -> None:
+async def _make_at_service(
+    address: ServiceAddress, volume_format: VolumeFormat, *, token_file: str | None, create_bucket: bool
+) -> None:
+    """Probe the bucket from here, then have the service make the volume."""
+    from client.meta.admin import create_volume
+    from client.meta.channel import Endpoint
+    from client.volume import read_token
+
+    endpoint = Endpoint(address.host, address.port, read_token(token_file, env=os.environ))
+    await _prepare_bucket(address, volume_format.bucket_url, create=create_bucket)
+    await create_volume(endpoint, volume_format, uid=os.geteuid(), gid=os.getegid(), mode=0o755)
+
+
+async def _prepare_bucket(address: Address, url: str, *, create: bool) -> None:
     from chunkstore.buckets import Limits
     from client.volume import open_volume_bucket
 

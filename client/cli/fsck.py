@@ -19,7 +19,7 @@ from client.control.messages import JsonObject
 @json_option
 def command(address: str, *, repair: bool, data: bool, as_json: bool) -> None:
     """Check that the volume is consistent and that its objects are there. Exits with 0 if it is clean, else with 1."""
-    document = ask(named_volume(address).address, "fsck", {"repair": repair, "data": data}, command="fsck")
+    document = ask(named_volume(address), "fsck", {"repair": repair, "data": data}, command="fsck")
     if as_json:
         echo_json(document)
     else:

@@ -16,7 +16,7 @@ from client.sizes import format_size
 @json_option
 def command(address: str, *, dry_run: bool, as_json: bool) -> None:
     """Delete objects that nothing needs: garbage, expired trash, and what writers left that died before they committed."""
-    document = ask(named_volume(address).address, "gc", {"dry_run": dry_run}, command="gc")
+    document = ask(named_volume(address), "gc", {"dry_run": dry_run}, command="gc")
     if as_json:
         echo_json(document)
         return

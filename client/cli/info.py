@@ -19,7 +19,7 @@ SLICES_PRINTED = 20
 def command(path: str, *, as_json: bool) -> None:
     """Show what PATH is made of: attributes, names, the slices of a file and where they are, the size of a tree."""
     named = named_path(path)
-    document = ask(named.address, "info", {"target": named.target()}, command="info")
+    document = ask(named, "info", {"target": named.target()}, command="info")
     if as_json:
         echo_json(document)
     else:

@@ -18,6 +18,7 @@ from client.cli.output import one_line
 
 COMMANDS: Final = {
     "format": "Make a volume.",
+    "serve": "Serve the metadata of volumes to other machines.",
     "mount": "Mount a volume; returns when it answers.",
     "umount": "Unmount; returns when all is uploaded and the daemon has ended.",
     "status": "Show what a volume is, who holds it and what is in it.",
@@ -72,7 +73,8 @@ def _show_version(ctx: click.Context, _parameter: click.Parameter, value: Any) -
 def atoll() -> None:
     """A POSIX file system for training jobs: names in a metadata service, bytes in object storage.
 
-    ADDRESS is the directory of an embedded volume. PATH is a path under a mount, or ADDRESS:/path.
+    ADDRESS is the directory of an embedded volume, or atoll://HOST:PORT/TENANT/VOLUME for one of a service. PATH is a path
+    under a mount, or ADDRESS:/path.
     """
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from chunkstore.errors import AtollError
-from client.address import EmbeddedAddress, normalize, parse_address, shown, split_path
+from client.address import Address, EmbeddedAddress, normalize, parse_address, shown, split_path
 from client.cli.main import fail
 from client.cli.mountpoint import absolute, check_fuse, prepare
 from client.cli.options import SIZE
@@ -56,6 +56,14 @@ class CacheInvalid(AtollError):
 )
 @click.option("--read-only", is_flag=True, help="Refuse every change.")
 @click.option("--subdir", metavar="PATH", default="/", help="Show only this directory of the volume.")
+@click.option("--token-file", metavar="FILE", help="The token for a service  [default: ATOLL_TOKEN]")
+@click.option(
+    "--meta-timeout",
+    type=click.FloatRange(1.0),
+    default=300.0,
+    show_default=True,
+    help="Seconds for which programs wait while the service is away; then they get EIO.",
+)
 @click.option("--transport", type=click.Choice(["auto", "pyfuse3"]), default="auto", show_default=True)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def command(
@@ -68,6 +76,8 @@ def command(
     durability: str,
     read_only: bool,
     subdir: str,
+    token_file: str | None,
+    meta_timeout: float,
     transport: str,
     log_format: str,
 ) -> None:
@@ -75,7 +85,7 @@ def command(
 
     At least a tenth of the cache's file system is left free. The log lies beside the cache.
     """
-    from client.volume import check_is_volume, default_cache_dir
+    from client.volume import Access, check_is_volume, default_cache_dir, read_token
 
     if split_path(address)[1] is not None:
         raise click.UsageError(
@@ -84,16 +94,22 @@ def command(
     if cache_size is not None and cache_size < MIN_CACHE_BYTES:
         raise click.UsageError(f"--cache-size is at least {format_size(MIN_CACHE_BYTES)}: give more")
     volume = parse_address(address)
-    check_is_volume(volume)
+    if isinstance(volume, EmbeddedAddress):
+        check_is_volume(volume)
+        access = None
+    else:
+        access = Access(token=read_token(token_file, env=os.environ), timeout_s=meta_timeout)
     where = absolute(mountpoint)
     check_fuse()
     # First the holder: looking at a mount point whose daemon hangs would hang as well.
-    _refuse_second_mount(volume)
+    if isinstance(volume, EmbeddedAddress):
+        _refuse_second_mount(volume)
     prepare(where, volume)
     caches = Path(os.path.realpath(cache_dir)) if cache_dir is not None else default_cache_dir(os.environ)
     _prepare_cache(caches)
     log_path = "" if foreground else str(caches / f"{_log_name(volume)}.log")
-    _load_metadata(volume)
+    if isinstance(volume, EmbeddedAddress):
+        _load_metadata(volume)
 
     def run(daemon: Daemon | None) -> int:
         from chunkstore.slices import Durability
@@ -110,6 +126,7 @@ def command(
             transport="pyfuse3" if transport == "auto" else transport,
             allow_other=_may_allow_other(),
             log_path=log_path,
+            access=access,
         )
         return _be_the_mount(request, daemon, log_format=log_format)
 
@@ -122,13 +139,18 @@ def command(
         fail(failure, code=1)
 
 
-def _log_name(volume: EmbeddedAddress) -> str:
-    """Return the name of the volume's log: that of its cache, the uuid, read without an engine."""
+def _log_name(volume: Address) -> str:
+    """Return the name of the volume's log: that of its cache, the uuid, read without an engine; of a service's its address.
+
+    gRPC must not be used here: its threads do not survive the fork.
+    """
     import asyncio
 
     from client.volume import read_uuid
 
-    return asyncio.run(read_uuid(volume))
+    if isinstance(volume, EmbeddedAddress):
+        return asyncio.run(read_uuid(volume))
+    return f"{volume.host.strip('[]')}-{volume.port}-{volume.tenant}-{volume.volume}"
 
 
 def _load_metadata(volume: EmbeddedAddress) -> None:
@@ -202,7 +224,7 @@ def _silent_holder(volume: EmbeddedAddress, pid: int, error: AtollError) -> dict
     """Return what is known of a holder that does not say it itself."""
     from client.staged import read_record
 
-    record = read_record(volume)
+    record = read_record(volume.directory)
     phase = "silent (is it stopped?)" if error.code == "holder-lost" else "not ready"
     return {"phase": phase, "pid": pid, "mountpoint": "?" if record is None else record.mountpoint}
 

@@ -11,7 +11,7 @@ import subprocess
 from typing import Final
 
 from chunkstore.errors import AtollError
-from client.address import EmbeddedAddress, shown
+from client.address import Address, EmbeddedAddress, shown
 from client.cli.output import say
 from client.mounts import is_dead, mounts_at, read_mounts
 
@@ -39,7 +39,7 @@ def absolute(mountpoint: str) -> str:
     return os.path.realpath(path)
 
 
-def prepare(mountpoint: str, address: EmbeddedAddress) -> None:
+def prepare(mountpoint: str, address: Address) -> None:
     """Refuse what is no empty directory; take away what a killed daemon of this volume left mounted there."""
     where = shown(mountpoint)
     there = mounts_at(mountpoint, read_mounts())
@@ -72,7 +72,7 @@ def prepare(mountpoint: str, address: EmbeddedAddress) -> None:
         raise MountpointInvalid(f"{where}: {error.strerror}: choose a directory of yours", errno=error.errno) from error
     if entries:
         raise MountpointInvalid(f"{where} is not empty: choose an empty directory", errno=errno.ENOTEMPTY)
-    if (mountpoint + "/").startswith(f"{address.directory}/"):
+    if isinstance(address, EmbeddedAddress) and (mountpoint + "/").startswith(f"{address.directory}/"):
         raise MountpointInvalid(f"{where} lies in the volume's own directory: choose one outside of it")
 
 

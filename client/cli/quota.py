@@ -31,7 +31,7 @@ def set_quota(path: str, capacity: int | None, inodes: int | None, *, as_json: b
         params["capacity_bytes"] = capacity
     if inodes is not None:
         params["max_inodes"] = inodes
-    _show([ask(named.address, "quota-set", params, command="quota set")], as_json=as_json)
+    _show([ask(named, "quota-set", params, command="quota set")], as_json=as_json)
 
 
 @command.command("get")
@@ -40,7 +40,7 @@ def set_quota(path: str, capacity: int | None, inodes: int | None, *, as_json: b
 def get_quota(path: str, *, as_json: bool) -> None:
     """Show the quota of the directory PATH."""
     named = named_path(path)
-    document = ask(named.address, "quota-get", {"target": named.target(follow=True)}, command="quota get")
+    document = ask(named, "quota-get", {"target": named.target(follow=True)}, command="quota get")
     _show([document], as_json=as_json)
 
 
@@ -49,7 +49,7 @@ def get_quota(path: str, *, as_json: bool) -> None:
 @json_option
 def list_quotas(address: str, *, as_json: bool) -> None:
     """Show the quotas of all directories of a volume, the volume's own limits first."""
-    document = ask(named_volume(address).address, "quota-list", {}, command="quota list")
+    document = ask(named_volume(address), "quota-list", {}, command="quota list")
     if as_json:
         echo_json(document)
     else:
@@ -62,7 +62,7 @@ def list_quotas(address: str, *, as_json: bool) -> None:
 def remove_quota(path: str, *, as_json: bool) -> None:
     """Remove the quota of the directory PATH."""
     named = named_path(path)
-    document = ask(named.address, "quota-remove", {"target": named.target(follow=True)}, command="quota remove")
+    document = ask(named, "quota-remove", {"target": named.target(follow=True)}, command="quota remove")
     if as_json:
         echo_json(document)
     else:

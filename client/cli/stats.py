@@ -17,7 +17,7 @@ def command(address: str, *, as_json: bool) -> None:
 
     ADDRESS is the volume, or a path under its mount.
     """
-    document = ask(named_volume(address).address, "stats", {}, command="stats")
+    document = ask(named_volume(address), "stats", {}, command="stats")
     if as_json:
         from client.admin.stats import parse_metrics
 

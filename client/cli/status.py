@@ -19,7 +19,7 @@ def command(address: str, *, as_json: bool) -> None:
 
     A path under a mount stands for its volume.
     """
-    document = ask(named_volume(address).address, "status", {}, command="status")
+    document = ask(named_volume(address), "status", {}, command="status")
     if as_json:
         echo_json(document)
     else:

@@ -21,7 +21,7 @@ def command() -> None:
 def list_entries(address: str, *, as_json: bool) -> None:
     """Show what is in the trash and was removed below ADDRESS, oldest first."""
     named = named_volume(address)
-    document = ask(named.address, "trash-list", {"target": named.target()}, command="trash list")
+    document = ask(named, "trash-list", {"target": named.target()}, command="trash list")
     if as_json:
         echo_json(document)
         return
@@ -46,7 +46,7 @@ def list_entries(address: str, *, as_json: bool) -> None:
 def restore(address: str, trash_ids: tuple[int, ...], *, as_json: bool) -> None:
     """Put entries back under their names, with the directories above them."""
     params = {"trash_ids": list(trash_ids)}
-    document = ask(named_volume(address).address, "trash-restore", params, command="trash restore")
+    document = ask(named_volume(address), "trash-restore", params, command="trash restore")
     if as_json:
         echo_json(document)
         return
@@ -61,7 +61,7 @@ def restore(address: str, trash_ids: tuple[int, ...], *, as_json: bool) -> None:
 def empty(address: str, older_than: float, *, as_json: bool) -> None:
     """Remove for good what is in the trash."""
     params = {"older_than_s": older_than * 86400}
-    document = ask(named_volume(address).address, "trash-empty", params, command="trash empty")
+    document = ask(named_volume(address), "trash-empty", params, command="trash empty")
     if as_json:
         echo_json(document)
     else:

@@ -15,13 +15,14 @@ from typing import Final
 
 import click
 
-from client.address import EmbeddedAddress, parse_address, shown
+from client.address import Address, parse_address, shown
 from client.cli.main import fail
 from client.cli.mountpoint import MountpointInvalid, absolute, detach, unmount
 from client.cli.output import say
 from client.cli.progress import shown_progress
 from client.control.caller import ANSWER_S, HolderCall, HolderLost, call_holder
 from client.control.messages import JsonObject, RemoteError, Request
+from client.holder import holder_directory
 from client.mounts import is_dead, mounts_at, read_mounts
 from client.sizes import format_size
 
@@ -58,12 +59,14 @@ def command(mountpoint: str, *, force: bool) -> None:
     _tell(end, where)
 
 
-def _holder_of(address: EmbeddedAddress, mountpoint: str, *, force: bool) -> HolderCall | None:
+def _holder_of(address: Address, mountpoint: str, *, force: bool) -> HolderCall | None:
     """Return a connection to the daemon of a mount; None if there is none, or the volume is mounted elsewhere by now.
 
     HolderLost if it is there and silent, unless by force: then it is treated as gone.
     """
-    first = call_holder(address.directory, silence_s=ANSWER_S)
+    directory = holder_directory(address, mountpoint, env=os.environ)
+    assert directory is not None
+    first = call_holder(directory, silence_s=ANSWER_S)
     if first is None:
         return None
     with first:
@@ -73,7 +76,7 @@ def _holder_of(address: EmbeddedAddress, mountpoint: str, *, force: bool) -> Hol
             if force:
                 return None
             raise
-    return call_holder(address.directory) if holder.get("mountpoint") == mountpoint else None
+    return call_holder(directory) if holder.get("mountpoint") == mountpoint else None
 
 
 def _unmount_without_holder(mountpoint: str, *, force: bool) -> None:

@@ -26,6 +26,7 @@ import errno
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, Final
 
 import grpc
@@ -88,9 +89,21 @@ class SessionConnection:
     """A session of one volume. Open it once, close it once."""
 
     def __init__(
-        self, endpoint: Endpoint, volume: str, *, host: str, pid: int, mountpoint: str, timeout_s: float
+        self,
+        endpoint: Endpoint,
+        volume: str,
+        *,
+        host: str,
+        pid: int,
+        mountpoint: str,
+        timeout_s: float,
+        lost: Callable[[], object] | None = None,
     ) -> None:
-        """``volume`` is TENANT/NAME. ``timeout_s``: how long requests wait for a service that is away."""
+        """``volume`` is TENANT/NAME. ``timeout_s``: how long requests wait for a service that is away.
+
+        ``lost`` is called if the service refuses the session for good after it was open.
+        """
+        self._lost = lost
         self._endpoint = endpoint
         self._volume = volume
         self._hello = pb.Hello(protocol=PROTOCOL, host=host, pid=pid, mountpoint=mountpoint)
@@ -133,6 +146,11 @@ class SessionConnection:
     def is_connected(self) -> bool:
         """Return whether a stream stands now."""
         return self._away_since_s is None
+
+    @property
+    def failure(self) -> AtollError | None:
+        """Return why the session is over, if it is."""
+        return self._over
 
     async def open(self, *, timeout_s: float) -> None:
         """Connect and begin a session. ServiceUnavailable after so long; what the service refuses at once."""
@@ -285,6 +303,8 @@ class SessionConnection:
         else:
             log.error("%s: the session is over", error)
         self._fail_all(error)
+        if self._opened.done() and self._opened.exception() is None and self._lost is not None:
+            self._lost()
 
     def _begin_anew(self, error: AtollError) -> None:
         """Give up a session that the service has ended; the next stream begins another."""

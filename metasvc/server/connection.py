@@ -158,7 +158,7 @@ class Connection:
             protocol=PROTOCOL,
             session_id=session.session_id,
             secret=session.secret,
-            format=pb.VolumeFormat(json=dump_format(volume.engine.format)),
+            format=pb.VolumeFormat(json=dump_format(volume.format)),
             keepalive_s=KEEPALIVE_S,
             expiry_s=volume.expiry_s,
             max_outstanding=MAX_OUTSTANDING,

@@ -19,16 +19,19 @@ import secrets
 import time
 from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Final
 
 from chunkstore.errors import AtollError
 from metasvc.engine import Engine, EngineAdmin
 from metasvc.engine.engine import DEFAULT_MEMORY_BYTES
-from metasvc.model import Ino, SessionId
+from metasvc.model import Ino, SessionId, VolumeFormat
 from metasvc.server.session import ServedSession
 from metasvc.store import Store, VolumeStore
 from metasvc.store.tables import REPLIES
 
+EMBEDDED_BUCKET: Final = "file:objects"
+"""The bucket URL of a volume whose objects lie beside its metadata."""
 EXPIRY_S: Final = 60.0
 """A session that is not heard of for so long ends: its unlinked files go, its slice ids are retired."""
 RETURN_S: Final = 10.0
@@ -47,8 +50,9 @@ class SessionEnded(AtollError):
 class Volume:
     """One open volume."""
 
-    def __init__(self, store: VolumeStore, engine: Engine, *, expiry_s: float) -> None:
+    def __init__(self, store: VolumeStore, engine: Engine, *, expiry_s: float, objects_url: str) -> None:
         """Take over what is open."""
+        self._objects_url = objects_url
         self.engine = engine
         self.admin = EngineAdmin(engine)
         self.name = f"{engine.format.tenant}/{engine.format.name}"
@@ -62,11 +66,18 @@ class Volume:
 
     @classmethod
     async def open(
-        cls, store: VolumeStore, *, address: str, memory_bytes: int, expiry_s: float, return_s: float
+        cls,
+        store: VolumeStore,
+        *,
+        address: str,
+        memory_bytes: int,
+        expiry_s: float,
+        return_s: float,
+        objects_url: str = "",
     ) -> Volume:
         """Own a volume. NotOwner while another process does."""
         engine = await Engine.open(store, address=address, memory_bytes=memory_bytes, keep_sessions=True)
-        volume = cls(store, engine, expiry_s=expiry_s)
+        volume = cls(store, engine, expiry_s=expiry_s, objects_url=objects_url)
         try:
             await volume._take_up_sessions()
         except BaseException:
@@ -76,6 +87,12 @@ class Volume:
             volume._start(volume._wait_for_return(return_s), name="return of sessions")
         volume._start(volume._expire(), name="expiry of sessions")
         return volume
+
+    @property
+    def format(self) -> VolumeFormat:
+        """Return the format as clients need it: the bucket of a volume that was made embedded has a full URL."""
+        form = self.engine.format
+        return replace(form, bucket_url=self._objects_url) if form.bucket_url == EMBEDDED_BUCKET else form
 
     def _start(self, work: Coroutine[None, None, None], *, name: str) -> None:
         self._tasks.append(asyncio.create_task(work, name=f"{name}, volume {self.name}"))
@@ -179,8 +196,10 @@ class Volumes:
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
         expiry_s: float = EXPIRY_S,
         return_s: float = RETURN_S,
+        objects_url: str = "",
     ) -> None:
-        """``address`` is what other processes are told of the owner."""
+        """``address`` is what other processes are told of the owner; ``objects_url`` where the default bucket lies."""
+        self._objects_url = objects_url
         self.store = store
         self.expiry_s = expiry_s
         self._return_s = return_s
@@ -212,6 +231,7 @@ class Volumes:
                     memory_bytes=self._memory_bytes,
                     expiry_s=self.expiry_s,
                     return_s=self._return_s,
+                    objects_url=self._objects_url,
                 )
             except BaseException:
                 await store.close()

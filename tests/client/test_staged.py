@@ -21,9 +21,9 @@ def volume_format(uuid: str) -> VolumeFormat:
 
 def test_a_record_is_read_as_it_was_written_and_is_the_users_alone(tmp_path: Path) -> None:
     address = EmbeddedAddress(str(tmp_path))
-    assert read_record(address) is None
-    write_record(address, RECORD)
-    assert read_record(address) == RECORD
+    assert read_record(address.directory) is None
+    write_record(address.directory, RECORD)
+    assert read_record(address.directory) == RECORD
     assert [path.name for path in tmp_path.iterdir()] == [RECORD_NAME]
     assert (tmp_path / RECORD_NAME).stat().st_mode & 0o777 == 0o600
 
@@ -33,22 +33,22 @@ def test_a_record_is_read_as_it_was_written_and_is_the_users_alone(tmp_path: Pat
 )
 def test_other_content_is_no_record(tmp_path: Path, content: bytes) -> None:
     (tmp_path / RECORD_NAME).write_bytes(content)
-    assert read_record(EmbeddedAddress(str(tmp_path))) is None
+    assert read_record(str(tmp_path)) is None
 
 
 def test_fields_of_other_types_are_no_record(tmp_path: Path) -> None:
     address = EmbeddedAddress(str(tmp_path))
-    write_record(address, RECORD)
+    write_record(address.directory, RECORD)
     document = json.loads((tmp_path / RECORD_NAME).read_text())
     (tmp_path / RECORD_NAME).write_text(json.dumps({**document, "cache_dir": 7}))
-    assert read_record(address) is None
+    assert read_record(address.directory) is None
 
 
 def test_staged_slices_are_read_from_the_names_in_the_cache(tmp_path: Path) -> None:
     address = EmbeddedAddress(str(tmp_path))
     assert staged_before(address, volume_format("u")).lengths == {}
     cache = tmp_path / "cache"
-    write_record(address, MountRecord(7, "node", "/mnt", str(cache), "", 5))
+    write_record(address.directory, MountRecord(7, "node", "/mnt", str(cache), "", 5))
     assert staged_before(address, volume_format("u")).size_bytes == 0
     staged = cache / "u" / "staged"
     staged.mkdir(parents=True)

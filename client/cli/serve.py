@@ -1,0 +1,94 @@
+"""``atoll serve``: the metadata service, from start to end.
+
+Owns putting store, volumes and gRPC server together, and ending them in order: no new calls, running ones get a moment, what is
+open is committed, the ownership of all volumes is given up. Sessions stay in the store: their clients go on when it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import Final
+
+import click
+
+from client.cli.output import say
+
+GRACE_S: Final = 2.0
+
+
+@click.command("serve")
+@click.option("--store", "store_url", metavar="URL", required=True, help="sqlite:///relative, sqlite:////absolute")
+@click.option("--listen", metavar="HOST:PORT", help="Where to answer.")
+@click.option("--init", "is_init", is_flag=True, help="Prepare the store, print the admin token, and exit.")
+@click.option("--insecure", is_flag=True, help="Answer without encryption to other machines, too.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+def command(store_url: str, *, listen: str | None, is_init: bool, insecure: bool, log_format: str) -> None:
+    """Serve the volumes of a store at HOST:PORT until SIGTERM. Logs go to stderr."""
+    import uvloop
+
+    if is_init:
+        click.echo(asyncio.run(_prepare(store_url)))
+        return
+    if listen is None:
+        raise click.UsageError("--listen is missing: give HOST:PORT, for example 127.0.0.1:9410")
+    host, separator, port = listen.rpartition(":")
+    if not separator or not host or not port.isdigit() or int(port) >= 1 << 16:
+        raise click.UsageError(f"--listen {listen} is no HOST:PORT: give for example 127.0.0.1:9410")
+    from metasvc.server.service import is_loopback
+
+    if not is_loopback(host) and not insecure:
+        raise click.UsageError(
+            f"{host} can be reached by other machines and the service does not encrypt yet: "
+            "give --insecure if the network is trusted, or an address of loopback"
+        )
+    from client import logs
+    from client.daemon import raise_limits
+
+    logs.configure(None, volume=store_url, log_format="json" if log_format == "json" else "text")
+    raise_limits()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(store_url, listen))
+
+
+async def _prepare(store_url: str) -> str:
+    from metasvc.server.tokens import prepare
+    from metasvc.store.open import open_store
+
+    store = await open_store(store_url, create=True)
+    try:
+        return await prepare(store)
+    finally:
+        await store.close()
+
+
+async def _serve(store_url: str, listen: str) -> None:
+    from metasvc.server.service import Service
+    from metasvc.server.tokens import Tokens
+    from metasvc.server.volumes import Volumes
+    from metasvc.store.open import open_store
+
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    store = await open_store(store_url)
+    try:
+        tokens = await Tokens.load(store)
+        volumes = Volumes(store, address=f"the service at {listen}", objects_url=_objects_url(store_url))
+        service = Service(volumes, tokens)
+        port = await service.start(listen)
+        say(f"serving {store_url} at {listen.rpartition(':')[0]}:{port}, pid {os.getpid()}")
+        try:
+            await stop.wait()
+        finally:
+            await service.stop(grace_s=GRACE_S)
+            await volumes.close()
+    finally:
+        await store.close()
+
+
+def _objects_url(store_url: str) -> str:
+    """Return the URL of the directory ``objects`` beside a SQLite file."""
+    path = store_url.partition("sqlite:///")[2]
+    return f"file://{os.path.dirname(os.path.abspath(path))}/objects" if path else ""

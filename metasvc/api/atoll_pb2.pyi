@@ -1753,6 +1753,7 @@ class LiveSlices(_message.Message):
     AFTER_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
     after: _builtins.int
+    """May be -1: before the first."""
     limit: _builtins.int
     def __init__(
         self,

@@ -266,7 +266,7 @@ class Engine:
             tx.put(SESSION, Session(session_id, host, pid, mountpoint, tx.now_ns, secret))
             return session_id
 
-        session_id: SessionId = await self.run(begin)
+        session_id: SessionId = await self.run(begin, even_if_held=True)
         self._slice_ranges[session_id] = []
         return session_id
 

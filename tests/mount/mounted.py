@@ -77,7 +77,7 @@ def detach(path: Path) -> None:
 
 @dataclass(slots=True)
 class MountedVolume:
-    """Hold one embedded volume and its one mount point; made by `mounted()`, which also cleans up."""
+    """Hold one volume and one mount point of it; made by `mounted()`, which also cleans up."""
 
     address: str
     path: Path
@@ -103,7 +103,7 @@ class MountedVolume:
         """Mount the volume; it answers when this returns."""
         self.atoll("mount", self.address, str(self.path), "--cache-dir", str(self.cache_dir), *options)
         assert is_mount_point(self.path)
-        holder = self.document("status", self.address)["holder"]
+        holder = self.document("status", str(self.path))["holder"]
         assert isinstance(holder["pid"], int)
         assert holder["pid"] > 1
         self.pid = holder["pid"]
@@ -163,8 +163,9 @@ def mounted(
     *format_options: str,
     mount_options: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
+    address: str | None = None,
 ) -> Iterator[MountedVolume]:
-    """Format an embedded volume under `directory`, mount it, and at the end unmount it and demand a clean fsck.
+    """Format a volume, embedded under `directory` unless an address is given, mount it; unmount it, and demand a clean fsck.
 
     If the body raised, the volume is unmounted all the same, by force if need be, and the body's exception is what is seen.
     """
@@ -176,7 +177,10 @@ def mounted(
     path = top / "mnt"
     path.mkdir()
     volume = MountedVolume(
-        address=str(directory / "volume"), path=path, cache_dir=cache_dir, environment=dict(environment or {})
+        address=address or str(directory / "volume"),
+        path=path,
+        cache_dir=cache_dir,
+        environment=dict(environment or {}),
     )
     try:
         volume.atoll("format", volume.address, *format_options)

@@ -1,0 +1,124 @@
+"""A metadata service of a test: `atoll serve` as a process of its own, started, killed and started again at one address."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from tests.mount.mounted import ATOLL, COMMAND_TIMEOUT_S, MountedVolume, atoll, mounted
+from tests.servers.ports import HOST, free_ports
+
+TENANT: Final = "acme"
+
+
+@dataclass(slots=True)
+class ServiceProcess:
+    """One service; made by `service()`, which also ends it."""
+
+    directory: Path
+    port: int
+    token: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    _process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def store(self) -> str:
+        return f"sqlite:///{self.directory}/service.db"
+
+    @property
+    def log_path(self) -> Path:
+        return self.directory / "serve.log"
+
+    def address(self, volume: str = "data") -> str:
+        return f"atoll://{HOST}:{self.port}/{TENANT}/{volume}"
+
+    def prepare(self) -> None:
+        """Make the store and keep the admin token."""
+        made = atoll("serve", "--init", "--store", self.store)
+        assert made.returncode == 0, made
+        self.token = made.stdout.strip()
+
+    def start(self) -> None:
+        """Start it; it takes connections when this returns."""
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [ATOLL, "serve", "--store", self.store, "--listen", f"{HOST}:{self.port}"],
+                env={**os.environ, **self.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        deadline = time.monotonic() + COMMAND_TIMEOUT_S
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection((HOST, self.port), timeout=1):
+                return
+            assert self._process.poll() is None, self.log_path.read_text()
+            assert time.monotonic() < deadline, "the service does not listen"
+            time.sleep(0.02)
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """End it with a signal; its exit code."""
+        process, self._process = self._process, None
+        assert process is not None
+        process.send_signal(number)
+        return process.wait(COMMAND_TIMEOUT_S)
+
+    def kill(self) -> None:
+        """End it with SIGKILL."""
+        assert self.end(signal.SIGKILL) == -signal.SIGKILL
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def abandon(self) -> None:
+        """Leave nothing behind."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(COMMAND_TIMEOUT_S)
+
+
+@contextlib.contextmanager
+def service(directory: Path, *, environment: Mapping[str, str] | None = None) -> Iterator[ServiceProcess]:
+    """Run a service with a store of its own under a directory."""
+    running = ServiceProcess(directory, free_ports(1)[0], environment=dict(environment or {}))
+    running.prepare()
+    try:
+        running.start()
+        yield running
+    finally:
+        running.abandon()
+
+
+@contextlib.contextmanager
+def mounted_from(
+    running: ServiceProcess, directory: Path, *format_options: str, environment: Mapping[str, str] | None = None
+) -> Iterator[MountedVolume]:
+    """Format a volume of a service and mount it; at the end it is unmounted and must be clean."""
+    given = {**(environment or {}), "ATOLL_TOKEN": running.token}
+    with mounted(directory, *format_options, environment=given, address=running.address()) as volume:
+        yield volume
+
+
+@contextlib.contextmanager
+def also_mounted(volume: MountedVolume, directory: Path) -> Iterator[MountedVolume]:
+    """Mount a volume a second time, with a cache of its own."""
+    cache_dir, path = directory / "second-cache", directory / "second"
+    cache_dir.mkdir()
+    path.mkdir()
+    other = MountedVolume(volume.address, path, cache_dir, volume.environment)
+    try:
+        other.mount()
+        yield other
+        other.unmount()
+    finally:
+        other.abandon()

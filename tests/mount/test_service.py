@@ -1,0 +1,225 @@
+"""Volumes of a service on real mounts: two mounts see each other, and its death is a pause."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.mount.mounted import CommandFailed, MountedVolume, atoll, detach
+from tests.mount.service import ServiceProcess, also_mounted, mounted_from, service
+from tests.mount.writers import Writers
+from tests.servers.buckets import Bucket
+
+
+def directory_bucket(directory: Path) -> str:
+    (directory / "bucket").mkdir()
+    return f"file://{directory}/bucket"
+
+
+def test_what_one_mount_closed_another_opens(tmp_path: Path) -> None:
+    with service(tmp_path) as running:
+        with (
+            mounted_from(running, tmp_path, "--bucket", directory_bucket(tmp_path)) as one,
+            also_mounted(one, tmp_path) as other,
+        ):
+            for size in (0, 5, 40_000, 5_000_000):
+                content = os.urandom(size)
+                (one.path / f"f{size}").write_bytes(content)
+                assert (other.path / f"f{size}").read_bytes() == content
+            # Changed in one, read in the other, again and again: close-to-open.
+            for number in range(20):
+                writer, reader = (one, other) if number % 2 else (other, one)
+                (writer.path / "shared").write_bytes(b"%d" % number * 1000)
+                assert (reader.path / "shared").read_bytes() == b"%d" % number * 1000
+            (one.path / "tree" / "below").mkdir(parents=True)
+            shutil.copytree(Path(__file__).parent / "programs", other.path / "tree" / "copy")
+            assert sorted(os.listdir(one.path / "tree")) == ["below", "copy"]
+            with (other.path / "held").open("w+b") as held:
+                held.write(b"still here")
+                held.flush()
+                os.fsync(held.fileno())
+                os.unlink(one.path / "held")
+                held.seek(0)
+                assert held.read() == b"still here"
+        status = one.document("status", one.address)
+        assert len(status["sessions"]) == 1, "the command's own"
+
+
+def test_commands_work_at_the_address_and_under_the_mount(tmp_path: Path) -> None:
+    with (
+        service(tmp_path) as running,
+        mounted_from(running, tmp_path, "--bucket", directory_bucket(tmp_path)) as volume,
+    ):
+        (volume.path / "d").mkdir()
+        (volume.path / "d" / "file").write_bytes(os.urandom(100_000))
+        by_path = volume.document("info", str(volume.path / "d" / "file"))
+        by_address = volume.document("info", f"{volume.address}:/d/file")
+        assert by_path["inode"] == by_address["inode"]
+        assert volume.document("status", str(volume.path))["holder"]["mountpoint"] == str(volume.path)
+        volume.atoll("clone", str(volume.path / "d"), str(volume.path / "e"))
+        assert (volume.path / "e" / "file").read_bytes() == (volume.path / "d" / "file").read_bytes()
+        shutil.rmtree(volume.path / "d")
+        (removed,) = [row for row in volume.document("trash", "list", volume.address)["entries"] if row["name"] == "d"]
+        volume.atoll("trash", "restore", volume.address, str(removed["trash_id"]))
+        assert (volume.path / "d" / "file").stat().st_size == 100_000
+        assert volume.document("fsck", volume.address)["clean"]
+        assert volume.document("gc", volume.address)["leaked_objects"] == 0
+
+
+def test_a_wrong_or_missing_token_and_a_wrong_address_are_told_in_one_line(tmp_path: Path) -> None:
+    with service(tmp_path) as running:
+        url = directory_bucket(tmp_path)
+        for token, address, reason in (
+            ("", running.address(), "there is no token"),
+            ("nonsense", running.address(), "refuses"),
+            (running.token, running.address("absent"), "no volume"),
+            (running.token, f"atoll://127.0.0.1:{running.port}", "is no address"),
+            (running.token, "atoll://127.0.0.1:1/a/b", "not reachable"),
+        ):
+            ran = atoll("status", address, environment={"ATOLL_TOKEN": token})
+            assert ran.returncode == 1
+            (line,) = ran.stderr.splitlines()
+            assert reason in line
+        given = {"ATOLL_TOKEN": running.token}
+        assert atoll("format", running.address(), "--bucket", url, environment=given).returncode == 0
+        again = atoll("format", running.address(), "--bucket", url, environment=given)
+        assert again.returncode == 1
+        assert "exists already" in again.stderr
+        prepared = atoll("serve", "--init", "--store", running.store)
+        assert (prepared.returncode, prepared.stdout) == (1, "")
+        second = atoll("serve", "--store", running.store, "--listen", f"127.0.0.1:{running.port}")
+        assert second.returncode == 1
+        open_to_all = atoll("serve", "--store", running.store, "--listen", "0.0.0.0:0")
+        assert open_to_all.returncode == 2
+        assert "--insecure" in open_to_all.stderr
+
+
+def test_programs_see_a_pause_and_no_error_while_the_service_is_away(tmp_path: Path) -> None:
+    with (
+        service(tmp_path) as running,
+        mounted_from(running, tmp_path, "--bucket", directory_bucket(tmp_path)) as volume,
+    ):
+        (volume.path / "before").write_bytes(b"before")
+        running.kill()
+        failures: list[OSError] = []
+
+        def work() -> None:
+            try:
+                (volume.path / "during").write_bytes(b"during" * 100_000)
+                os.mkdir(volume.path / "directory")
+                os.rename(volume.path / "before", volume.path / "directory" / "after")
+            except OSError as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        time.sleep(1.0)
+        assert thread.is_alive()
+        running.start()
+        thread.join(60)
+        assert not thread.is_alive()
+        assert failures == []
+        assert (volume.path / "directory" / "after").read_bytes() == b"before"
+        assert (volume.path / "during").read_bytes() == b"during" * 100_000
+
+
+def test_a_service_that_stays_away_is_eio_after_the_time_that_was_given(tmp_path: Path) -> None:
+    with (
+        service(tmp_path) as running,
+        mounted_from(running, tmp_path, "--bucket", directory_bucket(tmp_path)) as volume,
+    ):
+        volume.remount("--meta-timeout", "2")
+        running.kill()
+        with pytest.raises(OSError, match="Input/output") as failure:
+            (volume.path / "file").write_bytes(b"x")
+        assert failure.value.errno == errno.EIO
+        running.start()
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                (volume.path / "file").write_bytes(b"x")
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+        assert (volume.path / "file").read_bytes() == b"x"
+
+
+def disturb(what: str, running: ServiceProcess, volume: MountedVolume, rng: random.Random) -> None:
+    """Kill the service, the mount, or both."""
+    if what in ("service", "both"):
+        running.kill()
+        time.sleep(rng.random() * 0.5)
+    if what in ("mount", "both"):
+        volume.kill_daemon()
+    if what in ("service", "both"):
+        running.start()
+
+
+def survive(running: ServiceProcess, volume: MountedVolume, outside: Path, seed: int, rounds: int) -> None:
+    rng = random.Random(seed)
+    outside.mkdir()
+    writers = Writers(volume.path, outside, count=2)
+    writers.make_directories()
+    for _ in range(rounds):
+        what = rng.choice(("service", "service", "mount", "both"))
+        with writers.working(rng.randrange(1 << 32)):
+            writers.wait_for_steps(rng.choice((0, rng.randrange(30), rng.randrange(300))))
+            time.sleep(rng.random() * 0.01)
+            disturb(what, running, volume, rng)
+            if what == "service":
+                writers.wait_for_steps(writers.steps() + 20)
+                writers.stop_file.touch()
+            exit_codes = writers.wait_for_end()
+            logs = writers.logs()
+        print(f"round {writers.round}: {what}, acknowledged {[len(log.acknowledged) for log in logs]}")  # noqa: T201
+        if what == "service":
+            assert set(exit_codes) == {0}, [log.message for log in logs]
+            assert {log.errno for log in logs} == {None}, [log.message for log in logs]
+        else:
+            assert set(exit_codes) <= {0, -signal.SIGBUS}
+            if rng.random() < 0.5:
+                detach(volume.path)
+            volume.mount()
+        writers.settle()
+    writers.verify()
+    volume.remount_with_empty_cache()
+    writers.verify()
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("rounds", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_kills_of_service_mount_or_both_lose_nothing_and_repeat_nothing(
+    tmp_path: Path, bucket: Bucket, seed: int, rounds: int
+) -> None:
+    with (
+        service(tmp_path) as running,
+        mounted_from(
+            running, tmp_path, "--bucket", bucket.url, "--trash-days", "0", environment=bucket.environment
+        ) as volume,
+    ):
+        survive(running, volume, tmp_path / "logs", seed, rounds)
+
+
+def test_the_service_ends_cleanly_and_sessions_go_on_with_the_next(tmp_path: Path) -> None:
+    with (
+        service(tmp_path) as running,
+        mounted_from(running, tmp_path, "--bucket", directory_bucket(tmp_path)) as volume,
+    ):
+        (volume.path / "f").write_bytes(b"1")
+        before = volume.document("status", volume.address)["sessions"][0]["session_id"]
+        assert running.end() == 0
+        running.start()
+        (volume.path / "g").write_bytes(b"2")
+        assert volume.document("status", volume.address)["sessions"][0]["session_id"] == before
+        with pytest.raises(CommandFailed):
+            volume.atoll("mount", volume.address, str(volume.path))
+        assert subprocess.run(["ls", volume.path], check=True, capture_output=True, timeout=60).stdout == b"f\ng\n"

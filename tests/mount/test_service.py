@@ -68,7 +68,9 @@ def test_commands_work_at_the_address_and_under_the_mount(tmp_path: Path) -> Non
         volume.atoll("clone", str(volume.path / "d"), str(volume.path / "e"))
         assert (volume.path / "e" / "file").read_bytes() == (volume.path / "d" / "file").read_bytes()
         shutil.rmtree(volume.path / "d")
-        (removed,) = [row for row in volume.document("trash", "list", volume.address)["entries"] if row["name"] == "d"]
+        (removed,) = [
+            row for row in volume.document("trash", "list", volume.address)["entries"] if row["name"] == "file"
+        ]
         volume.atoll("trash", "restore", volume.address, str(removed["trash_id"]))
         assert (volume.path / "d" / "file").stat().st_size == 100_000
         assert volume.document("fsck", volume.address)["clean"]

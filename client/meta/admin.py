@@ -38,7 +38,7 @@ from metasvc.model import (
 )
 
 _PAUSE_S: Final = 0.2
-_ONCE: Final = frozenset({"trash_restore", "clone", "quota_remove_ino"})
+_ONCE: Final = frozenset({"trash_restore", "clone", "quota_remove_ino", "replace_refs"})
 
 
 class RemoteAdmin:

@@ -33,7 +33,7 @@ import grpc
 import grpc.aio
 
 from chunkstore.errors import AtollError
-from client.meta.channel import Endpoint, ServiceUnavailable, SessionEnded
+from client.meta.channel import Endpoint, ServiceRefused, ServiceUnavailable, SessionEnded
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api import wire
 from metasvc.api.volume_format import parse_format
@@ -76,11 +76,12 @@ Stream = grpc.aio.StreamStreamCall[bytes, bytes]
 class _Pending:
     """A request without a reply."""
 
-    __slots__ = ("began_s", "future", "name", "request")
+    __slots__ = ("began_s", "future", "is_sent", "name", "request")
 
     def __init__(self, request: pb.Request, name: str) -> None:
         self.request = request
         self.name = name
+        self.is_sent = False
         self.began_s = time.monotonic()
         self.future: asyncio.Future[pb.Reply] = asyncio.get_running_loop().create_future()
 
@@ -115,6 +116,8 @@ class SessionConnection:
         self._pending: dict[int, _Pending] = {}
         self._outgoing: list[pb.Request] = []
         self._opens: Counter[Ino] = Counter()
+        self._sent = 0
+        """Requests that went out on this stream and have no reply."""
         self._sign_is_due = False
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
@@ -218,6 +221,10 @@ class SessionConnection:
         pending = self._pending.pop(number, None)
         if pending is not None:
             self._room.set()
+            if pending.is_sent:
+                self._sent -= 1
+                if self._outgoing:
+                    self._wake.set()
         return pending
 
     def _fail_all(self, error: AtollError) -> None:
@@ -233,6 +240,9 @@ class SessionConnection:
         """Complete a request. The one place that counts opens."""
         pending = self._take(reply.number)
         if pending is None:
+            if reply.HasField("map") and reply.inodes.ino:
+                # An open or create that was given up: nobody will release it. (Other replies with a map release in vain.)
+                self._send_release(Ino(reply.inodes.ino[0]))
             return
         if not reply.HasField("failure"):
             if pending.name in _OPENING:
@@ -277,6 +287,9 @@ class SessionConnection:
                     error = ServiceUnavailable(f"the service at {self._endpoint} says nothing")
                 except AtollError as told:
                     error = told
+                except Exception as unexpected:
+                    log.exception("the session at %s failed unexpectedly", self._endpoint, exc_info=unexpected)
+                    error = ServiceRefused(f"the session at {self._endpoint} failed unexpectedly: {unexpected!r}")
                 if self._is_ending:
                     return
                 if self._away_since_s is None:
@@ -314,6 +327,12 @@ class SessionConnection:
         for number, pending in list(self._pending.items()):
             if pending.name in _CHANGING:
                 self._fail(number, FsError(errno.ESTALE, "the session with the metadata service had ended"))
+            elif pending.name == "release":
+                # What it releases is not opened again.
+                self._take(number)
+                self._released(Ino(pending.request.release.ino))
+                if not pending.future.done():
+                    pending.future.set_result(pb.Reply(number=number))
 
     async def _stand(self) -> None:
         """Open a stream and serve it to its end; returns if that was our goodbye."""
@@ -360,6 +379,9 @@ class SessionConnection:
         self._away_since_s = None
         self._failure = None
         self._outgoing = [pending.request for pending in self._pending.values()]
+        self._sent = 0
+        for pending in self._pending.values():
+            pending.is_sent = False
         self._wake.set()
         self._room.set()
         if self._opened.done():
@@ -384,7 +406,7 @@ class SessionConnection:
         while not (self._is_ending and not self._pending):
             await self._wake.wait()
             self._wake.clear()
-            while self._outgoing or self._sign_is_due:
+            while (self._outgoing and self._sent < self._welcome.max_outstanding) or self._sign_is_due:
                 self._sign_is_due = False
                 message = pb.FromClient(requests=self._batch(), confirmed=self._confirmed())
                 if not await _written(stream, message):
@@ -394,17 +416,22 @@ class SessionConnection:
             await stream.done_writing()
 
     def _batch(self) -> list[pb.Request]:
-        """Take requests that go out in one message."""
-        waiting = self._outgoing
-        if len(waiting) == 1:
-            self._outgoing = []
-            return waiting
-        size_bytes = count = 0
-        while count < len(waiting) and size_bytes < _BATCH_BYTES:
-            size_bytes += waiting[count].ByteSize()
-            count += 1
-        self._outgoing = waiting[count:]
-        return waiting[:count]
+        """Take requests that go out in one message: never more than the service takes at once, and none that was given up."""
+        batch: list[pb.Request] = []
+        size_bytes = taken = 0
+        room = self._welcome.max_outstanding - self._sent
+        for request in self._outgoing:
+            if len(batch) >= room or size_bytes >= _BATCH_BYTES:
+                break
+            taken += 1
+            pending = self._pending.get(request.number)
+            if pending is not None:
+                pending.is_sent = True
+                size_bytes += request.ByteSize()
+                batch.append(request)
+        self._sent += len(batch)
+        del self._outgoing[:taken]
+        return batch
 
     async def _read(self, stream: Stream) -> None:
         while True:

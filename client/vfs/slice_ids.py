@@ -16,13 +16,16 @@ class SliceIds:
         self._meta = meta
         self._count = count
         self._left = range(0)
+        self._session_id = meta.session_id
         self._refill = asyncio.Lock()
 
     async def take(self) -> SliceId:
         """Return an id never returned before. One round trip in every `count` calls."""
-        while not self._left:
+        while not self._left or self._session_id != self._meta.session_id:
             async with self._refill:
-                if not self._left:
+                if not self._left or self._session_id != self._meta.session_id:
+                    # Ids of a session that ended are worth nothing to the next one.
+                    self._session_id = self._meta.session_id
                     self._left = await self._meta.allocate_slices(self._count)
         first, self._left = self._left[0], self._left[1:]
         return SliceId(first)

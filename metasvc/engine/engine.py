@@ -309,7 +309,8 @@ class Engine:
                 await self.run(self._release_rule, session_id, ino, even_if_held=True)
 
     def _release_rule(self, tx: Tx, session_id: SessionId, ino: Ino) -> None:
-        content.release(tx, session_id, ino, last=not self._opens.get(ino))
+        others = any(holder != session_id and held == ino for holder, held in self._sustained)
+        content.release(tx, session_id, ino, last=not self._opens.get(ino) and not others)
 
     def opened(self, session_id: SessionId, ino: Ino) -> None:
         """Count an open. Synchronous: runs in the stretch of the operation that opened."""

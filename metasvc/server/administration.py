@@ -28,6 +28,12 @@ def _ino(number: int) -> Ino:
     return Ino(number)
 
 
+def _slice_id(number: int) -> SliceId:
+    if not 0 < number < _INT64:
+        raise FsError(E.EINVAL, "no slice has that id")
+    return SliceId(number)
+
+
 def _limit(number: int) -> int:
     return max(1, min(number, _MAX_ROWS))
 
@@ -146,7 +152,7 @@ async def _garbage(admin: MetaAdmin, asked: pb.GarbageList) -> pb.AdminReply:
 
 
 async def _garbage_deleted(admin: MetaAdmin, asked: pb.SliceIds) -> pb.AdminReply:
-    await admin.garbage_deleted([SliceId(number) for number in asked.slice_ids])
+    await admin.garbage_deleted([_slice_id(number) for number in asked.slice_ids])
     return pb.AdminReply()
 
 

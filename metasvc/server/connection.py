@@ -41,6 +41,10 @@ Context = grpc.aio.ServicerContext[bytes, bytes]
 log = logging.getLogger(__name__)
 
 
+class Silent(Exception):
+    """A client, or the network to it, stands still: its stream ends, and it may come again."""
+
+
 class Connection:
     """One stream of one session: metasvc.server.session.Outlet."""
 
@@ -79,6 +83,9 @@ class Connection:
                 await work
             else:
                 await self._abort(self._failed.result())
+        except Silent as error:
+            log.warning("client %s: %s: its stream is closed", self._peer, error)
+            await self._context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         except Misbehaved as error:
             log.warning("client %s: %s: its stream is closed", self._peer, error)
             await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
@@ -122,7 +129,7 @@ class Connection:
             async with asyncio.timeout(HELLO_S):
                 message = await self._receive()
         except TimeoutError:
-            raise Misbehaved(f"said nothing for {HELLO_S:.0f} s") from None
+            raise Silent(f"said nothing for {HELLO_S:.0f} s") from None
         if message is None or not message.HasField("hello") or message.requests:
             raise Misbehaved("the first message of a stream is Hello, alone")
         hello = message.hello
@@ -149,6 +156,8 @@ class Connection:
                 opens = dict(zip(map(Ino, hello.open_inos), hello.open_counts, strict=True))
                 await volume.resume(session, opens)
                 session.outlet = self
+                if volume.engine.failure is not None:
+                    raise volume.engine.failure
         else:
             session = await volume.begin(
                 host=hello.host[:255], pid=max(0, hello.pid), mountpoint=hello.mountpoint.replace("\0", "")[:4096]
@@ -169,6 +178,8 @@ class Connection:
     async def _read(self, session: ServedSession) -> bool:
         """Start what comes in until the client ends the stream; True if it said goodbye."""
         while (message := await self._receive()) is not None:
+            if session.outlet is not self:
+                raise SessionEnded(f"session {session.session_id} goes on elsewhere, or has ended")
             if message.HasField("hello"):
                 raise Misbehaved("Hello comes once in a stream")
             session.receive(message)
@@ -201,7 +212,7 @@ class Connection:
                     async with asyncio.timeout(WRITE_S):
                         await self._context.write(message)
                 except TimeoutError:
-                    raise Misbehaved(f"reads nothing for {WRITE_S:.0f} s") from None
+                    raise Silent(f"reads nothing for {WRITE_S:.0f} s") from None
                 self.messages_out += 1
                 self._out_bytes -= len(message)
                 if self._out_bytes <= QUEUE_BYTES:

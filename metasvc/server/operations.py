@@ -7,6 +7,7 @@ where a kernel has looked at names before and numbers are what they say. Must no
 from __future__ import annotations
 
 import errno as E
+import stat
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -67,6 +68,8 @@ def _commit(session: EngineSession, message: pb.Commit) -> Commit:
         raise _refuse(f"a slice of an unknown kind: {error}") from error
     if not 0 <= commit.end <= MAX_FILE_BYTES or (commit.mtime_ns is not None and not _fits(commit.mtime_ns)):
         raise _refuse("an end or time that no file has")
+    if len({written.slice_id for written in commit.slices}) != len(commit.slices):
+        raise _refuse("a slice is named twice")
     for written in commit.slices:
         if not 0 < written.slice_id < _INT64:
             raise _refuse("no slice has that id")
@@ -196,7 +199,7 @@ async def _rename(session: EngineSession, message: pb.Rename, caller: Caller) ->
 
 
 async def _mknod(session: EngineSession, message: pb.MakeNode, caller: Caller) -> Any:
-    if message.mode >= 1 << 16 or message.rdev >= 1 << 32:
+    if message.mode >= 1 << 16 or message.rdev >= 1 << 32 or stat.S_ISLNK(message.mode):
         raise _refuse("a mode or device number that no file has")
     return await session.mknod(caller, _ino(message.parent), message.name, mode=message.mode, rdev=message.rdev)
 

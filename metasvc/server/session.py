@@ -23,7 +23,7 @@ from chunkstore.errors import AtollError
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api import wire
 from metasvc.engine import Engine, EngineSession
-from metasvc.errors import FsError
+from metasvc.errors import Fenced, FsError
 from metasvc.model import Caller, Ino, Replies, SessionId
 from metasvc.server.operations import OPERATIONS, Operation
 from metasvc.server.replies import ReplyLog, framed
@@ -58,6 +58,7 @@ class ServedSession(EngineSession):
         self.attaching = asyncio.Lock()
         """Held while a connection takes the session over."""
         self.outlet: Outlet | None = None
+        self.is_ending = False
         self.heard_s = time.monotonic()
         self.requests_total = 0
         self.repeated_total = 0
@@ -96,6 +97,11 @@ class ServedSession(EngineSession):
             raise Misbehaved(f"request {number} is under way already")
         if len(self._running) >= MAX_OUTSTANDING:
             raise Misbehaved(f"more than {MAX_OUTSTANDING} requests at once")
+        if self._engine.failure is not None:
+            # What is kept may not be durable: ask again, there or here.
+            if self.outlet is not None:
+                self.outlet.fail(self._engine.failure)
+            return
         self.requests_total += 1
         name = request.WhichOneof("operation")
         kept = self._replies.get(number)
@@ -125,7 +131,7 @@ class ServedSession(EngineSession):
         try:
             result = await operation.call(self, message, caller)
         except AtollError as error:
-            if self._engine.failure is not None:
+            if self._engine.failure is not None or isinstance(error, Fenced):
                 # Nobody knows what became of it: the client asks again, there or here.
                 if self.outlet is not None:
                     self.outlet.fail(error)

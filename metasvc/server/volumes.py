@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from chunkstore.errors import AtollError
 from metasvc.engine import Engine, EngineAdmin
@@ -37,6 +38,8 @@ EXPIRY_S: Final = 60.0
 RETURN_S: Final = 10.0
 """So long a restarted service waits for the clients of before until it changes anything."""
 _LOOK_S: Final = 1.0
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +66,7 @@ class Volume:
         self._absent: set[SessionId] = set()
         self._all_returned = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._ends: set[asyncio.Task[Any]] = set()
 
     @classmethod
     async def open(
@@ -120,9 +124,10 @@ class Volume:
 
     async def close(self) -> None:
         """Commit, release the ownership and close. Sessions stay in the store: their clients go on with the next owner."""
-        for task in self._tasks:
+        tasks = [*self._tasks, *self._ends]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         try:
             await self.engine.close()
         finally:
@@ -131,7 +136,10 @@ class Volume:
     # -- sessions ---------------------------------------------------------------------------------------------------------
 
     async def begin(self, *, host: str, pid: int, mountpoint: str) -> ServedSession:
-        """Begin a session."""
+        """Begin a session. Goes on if the caller is cancelled: it expires then."""
+        return await asyncio.shield(self._owned(self._begin(host, pid, mountpoint), name="begin of a session"))
+
+    async def _begin(self, host: str, pid: int, mountpoint: str) -> ServedSession:
         secret = secrets.token_bytes(16)
         session_id = await self.engine.begin_session(host=host, pid=pid, mountpoint=mountpoint, secret=secret)
         session = self.sessions[session_id] = ServedSession(self.engine, session_id, secret=secret)
@@ -140,8 +148,9 @@ class Volume:
     def find(self, session_id: SessionId, secret: bytes) -> ServedSession:
         """Return the session that a client wants to go on with. SessionEnded."""
         session = self.sessions.get(session_id)
-        if session is None or not secrets.compare_digest(session.secret, secret):
+        if session is None or session.is_ending or not secrets.compare_digest(session.secret, secret):
             raise SessionEnded(f"session {session_id} of volume {self.name} has ended: begin another")
+        session.heard_s = time.monotonic()
         return session
 
     async def resume(self, session: ServedSession, opens: Mapping[Ino, int]) -> None:
@@ -151,12 +160,28 @@ class Volume:
         self._returned(session.session_id)
 
     async def end(self, session: ServedSession) -> None:
-        """End a session; what of it is under way ends first. Nothing for one that has ended."""
-        if self.sessions.pop(session.session_id, None) is None:
+        """End a session; what of it is under way ends first. Nothing for one that has ended.
+
+        Goes on if the caller is cancelled. One that could not be ended is ended by the next look for late sessions.
+        """
+        if self.sessions.get(session.session_id) is not session:
             return
+        session.is_ending = True
+        session.heard_s = -math.inf
+        await asyncio.shield(self._owned(self._end(session), name=f"end of session {session.session_id}"))
+
+    async def _end(self, session: ServedSession) -> None:
         await session.quiet()
         self._returned(session.session_id)
         await self.engine.end_session(session.session_id)
+        self.sessions.pop(session.session_id, None)
+
+    def _owned(self, work: Coroutine[None, None, T], *, name: str) -> asyncio.Task[T]:
+        """Start a task that goes on when nobody waits for it, until it ends or the volume is closed."""
+        task = asyncio.create_task(work, name=f"{name}, volume {self.name}")
+        self._ends.add(task)
+        task.add_done_callback(self._ends.discard)
+        return task
 
     def _returned(self, session_id: SessionId) -> None:
         self._absent.discard(session_id)
@@ -164,11 +189,17 @@ class Volume:
             self._all_returned.set()
 
     async def _expire(self) -> None:
+        looked_s = time.monotonic()
         while True:
             await asyncio.sleep(_LOOK_S)
-            late_s = time.monotonic() - self.expiry_s
-            for session in [each for each in self.sessions.values() if each.heard_s < late_s]:
-                if session.attaching.locked():
+            now_s = time.monotonic()
+            # Where this process itself stood still, nobody could be heard.
+            stood_s, looked_s = max(0.0, now_s - looked_s - 2 * _LOOK_S), now_s
+            for session in self.sessions.values():
+                session.heard_s += stood_s
+            for session in list(self.sessions.values()):
+                # Looked at again for each: the end of the one before takes its time.
+                if session.heard_s >= time.monotonic() - self.expiry_s or session.attaching.locked():
                     continue
                 log.warning(
                     "volume %s: session %d was not heard of for %.0f s and ends",

@@ -119,7 +119,7 @@ async def test_who_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch, caplo
     async with running() as service:
         with caplog.at_level(logging.WARNING):
             status, details = await refusal(service)
-        assert status is grpc.StatusCode.INVALID_ARGUMENT
+        assert status is grpc.StatusCode.UNAVAILABLE
         assert "said nothing" in details
         assert not service.service or not service.service.connections
 

@@ -19,6 +19,7 @@ from metasvc.api import atoll_pb2 as pb
 from metasvc.engine import first_rows
 from metasvc.errors import FsError
 from metasvc.model import ROOT_INO, Caller, Ino, RenameFlags
+from metasvc.server.session import MAX_OUTSTANDING
 from metasvc.store import Store
 from metasvc.store.memory import MemoryStore
 from metasvc.store.sqlite import SqliteStore
@@ -310,3 +311,56 @@ async def test_a_service_that_is_not_there_is_told_in_time() -> None:
         connection = SessionConnection(service.endpoint(), service.name, host="h", pid=1, mountpoint="", timeout_s=60)
         with pytest.raises(ServiceUnavailable, match="not reachable"):
             await connection.open(timeout_s=1.0)
+
+
+async def test_more_files_than_may_be_asked_for_at_once_are_open_again_in_the_next_session() -> None:
+    async with stored("memory", Path()) as store, served(store, expiry_s=1.5) as service:
+        async with (
+            Cutter(service.port) as cutter,
+            connected(service, port=cutter.port) as client,
+            connected(service) as other,
+        ):
+            inos = []
+            for number in range(MAX_OUTSTANDING + 50):
+                made = await client.meta.create(ROOT, ROOT_INO, b"%d" % number, mode=0o600, exclusive=True)
+                inos.append(made.inode.ino)
+            first = client.connection.session_id
+            cutter.open.clear()
+            volume = await service.volume()
+            async with asyncio.timeout(20):
+                while first in volume.sessions:
+                    await other.meta.getattr(ROOT_INO)
+                    await asyncio.sleep(0.05)
+            cutter.cut()
+            cutter.open.set()
+            await client.meta.getattr(ROOT_INO)
+            async with asyncio.timeout(20):
+                while sum(client.connection._opens.values()) < len(inos):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            await asyncio.gather(*(client.meta.release(ino) for ino in inos))
+            assert not client.connection._opens
+        assert [problem async for problem in volume.admin.check(repair=False)] == []
+
+
+async def test_what_an_absent_session_sustains_outlives_the_close_of_another() -> None:
+    async with (
+        stored("memory", Path()) as store, served(store, return_s=0.3) as service, Cutter(service.port) as cutter,
+        connected(service, port=cutter.port) as absent,
+        connected(service) as present,
+    ):
+        ino = (await absent.meta.create(ROOT, ROOT_INO, b"f", mode=0o600, exclusive=True)).inode.ino
+        await present.meta.open(ino)
+        await present.meta.unlink(ROOT, ROOT_INO, b"f")
+        cutter.open.clear()
+        cutter.cut()
+        await service.stop()
+        await service.start()
+        cutter.target = service.port
+        await asyncio.sleep(0.5)
+        await present.meta.release(ino)
+        assert (await present.meta.getattr(ino)).nlink == 0
+        cutter.open.set()
+        assert (await absent.meta.getattr(ino)).nlink == 0
+        await absent.meta.release(ino)
+        with pytest.raises(FsError):
+            await present.meta.getattr(ino)

@@ -7,12 +7,22 @@ runtime directory of its user.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
+from chunkstore.errors import AtollError
 from client.address import Address, EmbeddedAddress
+
+
+class HolderDirectoryInvalid(AtollError):
+    """Say that somebody else could stand in for a mount."""
+
+    code = "bad-runtime-directory"
+    errno = errno.EPERM
 
 
 def holder_directory(address: Address, mountpoint: str, *, env: Mapping[str, str]) -> str | None:
@@ -33,7 +43,11 @@ def make_holder_directory(address: Address, mountpoint: str, *, env: Mapping[str
     directory = holder_directory(address, mountpoint, env=env)
     assert directory is not None
     if not isinstance(address, EmbeddedAddress):
-        Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
+        for made in (Path(directory).parent, Path(directory)):
+            made.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = made.lstat()
+            if found.st_uid != os.geteuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o022:
+                raise HolderDirectoryInvalid(f"{made} is not this user's alone: remove it, or set XDG_RUNTIME_DIR")
     return directory
 
 

@@ -16,9 +16,9 @@ from chunkstore.errors import AtollError
 from metasvc.errors import FsError, VolumeExists, VolumeMissing
 
 MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
-"""Of either direction; the service has the same."""
+"""Of what goes out; what comes in may be four times as large. The service has the same."""
 _OPTIONS: Final = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", 4 * MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 1_000),

@@ -45,11 +45,12 @@ HELLO_S: Final = 20.0
 """How long the service may take to answer Hello: it may wait for requests of the session that are under way."""
 SILENCE: Final = 5
 """A stream on which nothing came for so many signs of life is given up."""
+WINDOW: Final = 2048
+"""No request runs so far ahead of the lowest without a reply: the service keeps all replies from there on."""
 FIRST_DELAY_S: Final = 0.05
 MAX_DELAY_S: Final = 1.0
 _BATCH_BYTES: Final = 4 * 1024 * 1024
 _GOODBYE_S: Final = 10.0
-_OPENING: Final = frozenset({"open", "create"})
 _CHANGING: Final = frozenset(
     {
         "mknod",
@@ -194,7 +195,7 @@ class SessionConnection:
 
     async def call(self, name: str, operation: Any) -> pb.Reply:
         """Send one operation and return its reply. Raises what the operation raised, or EIO when the time is up."""
-        while len(self._pending) >= self._welcome.max_outstanding:
+        while len(self._pending) >= self._welcome.max_outstanding or self._next - self._confirmed() >= WINDOW:
             self._room.clear()
             await self._room.wait()
         if self._over is not None:
@@ -240,12 +241,12 @@ class SessionConnection:
         """Complete a request. The one place that counts opens."""
         pending = self._take(reply.number)
         if pending is None:
-            if reply.HasField("map") and reply.inodes.ino:
-                # An open or create that was given up: nobody will release it. (Other replies with a map release in vain.)
+            if reply.opens:
+                # An open or create that was given up: nobody will release it.
                 self._send_release(Ino(reply.inodes.ino[0]))
             return
         if not reply.HasField("failure"):
-            if pending.name in _OPENING:
+            if reply.opens:
                 ino = Ino(reply.inodes.ino[0])
                 self._opens[ino] += 1
                 if pending.future.cancelled():

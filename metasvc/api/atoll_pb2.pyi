@@ -1068,11 +1068,14 @@ class Reply(_message.Message):
     COUNT_FIELD_NUMBER: _builtins.int
     FIRST_FIELD_NUMBER: _builtins.int
     STATFS_FIELD_NUMBER: _builtins.int
+    OPENS_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     end: _builtins.bool
     value: _builtins.bytes
     count: _builtins.int
     first: _builtins.int
+    opens: _builtins.bool
+    """The request opened the inode of the reply."""
     @_builtins.property
     def failure(self) -> Global___Failure:
         """Set if the operation failed. Nothing else is set then."""
@@ -1100,10 +1103,11 @@ class Reply(_message.Message):
         count: _builtins.int = ...,
         first: _builtins.int = ...,
         statfs: Global___StatFsReply | None = ...,
+        opens: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "inodes", b"inodes", "map", b"map", "statfs", b"statfs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "end", b"end", "failure", b"failure", "first", b"first", "inodes", b"inodes", "map", b"map", "names", b"names", "number", b"number", "statfs", b"statfs", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "end", b"end", "failure", b"failure", "first", b"first", "inodes", b"inodes", "map", b"map", "names", b"names", "number", b"number", "opens", b"opens", "statfs", b"statfs", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

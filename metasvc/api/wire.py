@@ -149,7 +149,7 @@ def map_of(message: pb.FileMap) -> FileMap:
 
 
 def put_open(answer: OpenFile, into: pb.Reply) -> None:
-    """Write what open and create answer."""
+    """Write what operations answer that return an open file."""
     put_inodes([answer.inode], into.inodes)
     put_map(answer.map, into.map)
 

@@ -8,9 +8,10 @@ its slice, and the refs of a file end at or before its length.
 from __future__ import annotations
 
 import errno as E
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 
-from chunkstore.geometry import CHUNK_BYTES, MAX_FILE_BYTES
+from chunkstore.geometry import CHUNK_BYTES, MAX_FILE_BYTES, SliceId
 from metasvc.engine import accounts, chunkmap
 from metasvc.engine.tx import Tx, refuse
 from metasvc.model import (
@@ -23,6 +24,7 @@ from metasvc.model import (
     Ino,
     Inode,
     OpenFile,
+    SessionId,
     Slice,
     SliceKind,
     SliceRef,
@@ -57,6 +59,12 @@ def open_file(tx: Tx, ino: Ino) -> OpenFile:
     """Return what an open answers: attributes and the first part of the map."""
     inode = tx.inode(ino)
     return _opened(tx, inode)
+
+
+def sustain(tx: Tx, session_id: SessionId, inode: Inode) -> None:
+    """Keep an inode that has no name (and is not in the trash) for a session that opens it."""
+    if inode.nlink == 0 and inode.parent == 0 and tx.get(SUSTAINED, (session_id, inode.ino)) is None:
+        tx.put(SUSTAINED, Sustained(session_id, inode.ino))
 
 
 def _opened(tx: Tx, inode: Inode) -> OpenFile:
@@ -128,6 +136,26 @@ def _bury(tx: Tx, row: Slice) -> None:
 
 
 # -- changing -----------------------------------------------------------------------------------------
+
+
+def was_applied(tx: Tx, slice_id: SliceId, *, or_gone: bool) -> bool:
+    """Return whether a slice that is to be committed was committed before: whoever got no answer brings it again.
+
+    ``or_gone``: whether one without a trace was committed, and is gone.
+    """
+    tx.require([(SLICE, slice_id), (GARBAGE, slice_id)])
+    return or_gone or tx.slice(slice_id) is not None or tx.get(GARBAGE, slice_id) is not None
+
+
+def without_slices(change: Commit, slice_ids: Collection[SliceId]) -> Commit:
+    """Return what is left of a commit when some of its slices were committed before: they are in place, or gone."""
+    if not slice_ids:
+        return change
+    left = tuple(written for written in change.slices if written.slice_id not in slice_ids)
+    if change.append:
+        # What was appended moved the end of the file already.
+        return replace(change, slices=left, end=max((ref.end for each in left for ref in each.refs), default=0))
+    return replace(change, slices=left)
 
 
 def commit(tx: Tx, caller: Caller, ino: Ino, change: Commit) -> Inode:

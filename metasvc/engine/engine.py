@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, cast
@@ -32,9 +32,9 @@ from metasvc.engine.owner import OWNER_TTL_S, Owner, boottime_s
 from metasvc.engine.reservations import Reservations
 from metasvc.engine.tx import Rule, Tx, refuse
 from metasvc.errors import FsError, StoreError
-from metasvc.model import Counter, Ino, Replies, Session, SessionId, SliceRange, VolumeFormat
+from metasvc.model import Counter, Ino, Inode, Replies, Session, SessionId, SliceRange, VolumeFormat
 from metasvc.store import VolumeStore
-from metasvc.store.tables import COUNTER, REPLIES, SESSION, SLICE_RANGE, SUSTAINED, Key, Row, Table
+from metasvc.store.tables import COUNTER, INODE, REPLIES, SESSION, SLICE_RANGE, SUSTAINED, Key, Row, Table
 
 INO_STRIDE = 4096
 SLICE_STRIDE = 65_536
@@ -71,6 +71,10 @@ class Engine:
         self._opens: dict[Ino, dict[SessionId, int]] = {}
         self._sustained: set[tuple[SessionId, Ino]] = set()
         self._slice_ranges: dict[SessionId, list[range]] = {}
+        self._unused: dict[SessionId, set[int]] = {}
+        """Slice ids that were handed out here and never committed."""
+        self._handed_out_before: list[range] = []
+        """Slice ids of earlier owners: whether they were committed only the store knows."""
         self._next_ino = 0
         self._next_slice = 0
         self._renewal: asyncio.Task[None] | None = None
@@ -141,7 +145,9 @@ class Engine:
         for session in self.sessions():
             self._slice_ranges[session.session_id] = []
         async for row in self._scan(SLICE_RANGE):
-            self._slice_ranges.setdefault(row[0], []).append(range(row[1], row[1] + row[2]))
+            ids = range(row[1], row[1] + row[2])
+            self._slice_ranges.setdefault(row[0], []).append(ids)
+            self._handed_out_before.append(ids)
         async for row in self._scan(SUSTAINED):
             self._sustained.add((row[0], row[1]))
 
@@ -273,6 +279,7 @@ class Engine:
     async def end_session(self, session_id: SessionId) -> None:
         """End a session: its opens, what it sustained, its slice ids, which nobody may commit from now on."""
         self._slice_ranges.pop(session_id, None)
+        self._unused.pop(session_id, None)
         await self._let_go(session_id, [ino for ino, holders in self._opens.items() if session_id in holders])
         sustained = await self.run(lambda tx: list(tx.group(SUSTAINED, session_id)))
         for ino in sustained:
@@ -295,6 +302,8 @@ class Engine:
         sustained = {ino for holder, ino in self._sustained if holder == session_id}
         for ino, count in opens.items():
             self._opens.setdefault(ino, {})[session_id] = count
+        for ino in opens:
+            await self.run(self._sustain_rule, session_id, ino, even_if_held=True)
         await self._let_go(session_id, sorted((believed | sustained) - opens.keys()))
 
     async def _let_go(self, session_id: SessionId, inos: Sequence[Ino]) -> None:
@@ -307,6 +316,11 @@ class Engine:
         for ino in inos:
             if (session_id, ino) in self._sustained:
                 await self.run(self._release_rule, session_id, ino, even_if_held=True)
+
+    def _sustain_rule(self, tx: Tx, session_id: SessionId, ino: Ino) -> None:
+        inode: Inode | None = tx.get(INODE, ino)
+        if inode is not None:
+            content.sustain(tx, session_id, inode)
 
     def _release_rule(self, tx: Tx, session_id: SessionId, ino: Ino) -> None:
         others = any(holder != session_id and held == ino for holder, held in self._sustained)
@@ -355,6 +369,7 @@ class Engine:
         # In memory before it is durable: the ids are pending, though nobody has them yet. Neighbours make one run.
         start = ranges.pop().start if ranges and ranges[-1].stop == first else first
         ranges.append(range(start, first + count))
+        self._unused.setdefault(session_id, set()).update(range(first, first + count))
         await self.run(take)
         return range(first, first + count)
 
@@ -365,6 +380,18 @@ class Engine:
     def may_commit(self, session_id: SessionId, slice_id: SliceId) -> bool:
         """Return whether this slice id was handed out to this session, which lives."""
         return any(slice_id in ids for ids in reversed(self._slice_ranges.get(session_id, ())))
+
+    def is_unused(self, session_id: SessionId, slice_id: SliceId) -> bool:
+        """Return whether this slice id was handed out to this session and surely never committed."""
+        return slice_id in self._unused.get(session_id, ())
+
+    def was_handed_out_before(self, slice_id: SliceId) -> bool:
+        """Return whether an earlier owner handed this slice id out."""
+        return any(slice_id in ids for ids in self._handed_out_before)
+
+    def used(self, session_id: SessionId, slice_ids: Iterable[SliceId]) -> None:
+        """Take note of a commit. Synchronous: runs in its stretch."""
+        self._unused.get(session_id, set()).difference_update(slice_ids)
 
     async def put_format(self, volume_format: VolumeFormat) -> None:
         """Replace the volume's format, durably."""

@@ -173,7 +173,13 @@ class EngineSession:
 
     async def open(self, ino: Ino) -> OpenFile:
         await self._listing.expect_content(ino)
-        answer: OpenFile = await self._run(content.open_file, ino, then=self._opened)
+
+        def rule(tx: Tx) -> OpenFile:
+            opened = content.open_file(tx, ino)
+            content.sustain(tx, self._session_id, opened.inode)
+            return opened
+
+        answer: OpenFile = await self._run(rule, then=self._opened)
         return answer
 
     async def create(self, caller: Caller, parent: Ino, name: bytes, *, mode: int, exclusive: bool) -> OpenFile:
@@ -215,9 +221,21 @@ class EngineSession:
             # In the rule: a session that ends meanwhile must not commit what is garbage from then on.
             if not all(engine.may_commit(session_id, written.slice_id) for written in commit.slices):
                 refuse(E.ESTALE, "the session that these slices were written in has ended")
-            return content.commit(tx, caller, ino, commit)
+            applied = {
+                written.slice_id
+                for written in commit.slices
+                if not engine.is_unused(session_id, written.slice_id)
+                and content.was_applied(
+                    tx, written.slice_id, or_gone=not engine.was_handed_out_before(written.slice_id)
+                )
+            }
+            return content.commit(tx, caller, ino, content.without_slices(commit, applied))
 
-        inode: Inode = await self._run(rule, then=self._resized, record=self._recorder(caller))
+        def done(inode: Inode) -> None:
+            engine.used(session_id, [written.slice_id for written in commit.slices])
+            self._resized(inode)
+
+        inode: Inode = await self._run(rule, then=done, record=self._recorder(caller))
         return inode
 
     async def punch(self, caller: Caller, ino: Ino, *, start: int, end: int) -> OpenFile:

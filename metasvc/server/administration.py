@@ -10,13 +10,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 
 from chunkstore.errors import AtollError
-from chunkstore.geometry import SliceId
+from chunkstore.geometry import CHUNK_BYTES, MAX_FILE_BYTES, SliceId
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api import wire
 from metasvc.api.admin import MetaAdmin
 from metasvc.api.volume_format import dump_format
 from metasvc.errors import FsError
 from metasvc.model import Ino, TrashId
+from metasvc.server.operations import check_written
 
 _MAX_ROWS: Final = 5000
 _INT64: Final = 1 << 63
@@ -168,12 +169,15 @@ async def _compaction_candidates(admin: MetaAdmin, limit: int) -> pb.AdminReply:
 
 
 async def _replace_refs(admin: MetaAdmin, asked: pb.ReplaceRefs) -> pb.AdminReply:
-    done = await admin.replace_refs(
-        _ino(asked.ino),
-        asked.chunk,
-        expected=wire.unpack_file_refs(asked.expected),
-        written=[wire.written_of(each) for each in asked.written],
-    )
+    try:
+        written = [wire.written_of(each) for each in asked.written]
+    except ValueError as error:
+        raise FsError(E.EINVAL, f"a slice of an unknown kind: {error}") from error
+    check_written(written, (await admin.status()).format)
+    if asked.chunk > MAX_FILE_BYTES // CHUNK_BYTES:
+        raise FsError(E.EINVAL, "no file has that chunk")
+    expected = wire.unpack_file_refs(asked.expected)
+    done = await admin.replace_refs(_ino(asked.ino), asked.chunk, expected=expected, written=written)
     return pb.AdminReply(flag=done)
 
 

@@ -34,6 +34,8 @@ HELLO_S: Final = 10.0
 WRITE_S: Final = 30.0
 """A client that does not take a message for so long is cut off."""
 QUEUE_BYTES: Final = 4 * 1024 * 1024
+JOINED_BYTES: Final = 1024 * 1024
+"""Replies are joined into one message up to about so much."""
 MAX_OPENS: Final = 1_000_000
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -101,8 +103,8 @@ class Connection:
         await self._context.abort(grpc.StatusCode.UNAVAILABLE, error.message)
 
     async def _serve(self, volume: Volume) -> None:
-        hello = await self._hello()
-        session = await self._attach(volume, hello)
+        first = await self._hello()
+        session = await self._attach(volume, first.hello, confirmed=first.confirmed)
         writer = asyncio.create_task(self._write(), name="writer of a stream")
         try:
             reader = asyncio.create_task(self._read(session), name="reader of a stream")
@@ -124,7 +126,7 @@ class Connection:
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
 
-    async def _hello(self) -> pb.Hello:
+    async def _hello(self) -> pb.FromClient:
         try:
             async with asyncio.timeout(HELLO_S):
                 message = await self._receive()
@@ -140,9 +142,9 @@ class Connection:
             )
         if len(hello.open_inos) != len(hello.open_counts) or len(hello.open_inos) > MAX_OPENS:
             raise Misbehaved("Hello lists open files in columns of different lengths, or too many")
-        return hello
+        return message
 
-    async def _attach(self, volume: Volume, hello: pb.Hello) -> ServedSession:
+    async def _attach(self, volume: Volume, hello: pb.Hello, *, confirmed: int) -> ServedSession:
         """Begin a session, or go on with one whose connection, if it still has one, is cut."""
         if hello.session_id:
             session = volume.find(SessionId(hello.session_id), hello.secret)
@@ -154,7 +156,7 @@ class Connection:
                 if volume.sessions.get(session.session_id) is not session:
                     raise SessionEnded(f"session {session.session_id} has ended")
                 opens = dict(zip(map(Ino, hello.open_inos), hello.open_counts, strict=True))
-                await volume.resume(session, opens)
+                await volume.resume(session, opens, confirmed=confirmed)
                 session.outlet = self
                 if volume.engine.failure is not None:
                     raise volume.engine.failure
@@ -201,13 +203,22 @@ class Connection:
         except DecodeError as error:
             raise Misbehaved("sent a message that is damaged") from error
 
+    def _joined(self) -> bytes:
+        """Take what goes out in one message."""
+        size = count = 0
+        while count < len(self._out) and size < JOINED_BYTES:
+            size += len(self._out[count])
+            count += 1
+        taken = self._out[:count]
+        del self._out[:count]
+        return b"".join(taken)
+
     async def _write(self) -> None:
         while not self._is_ending:
             await self._wake.wait()
             self._wake.clear()
             while self._out:
-                message = b"".join(self._out)
-                self._out.clear()
+                message = self._joined()
                 try:
                     async with asyncio.timeout(WRITE_S):
                         await self._context.write(message)

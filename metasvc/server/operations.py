@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno as E
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -26,6 +26,7 @@ from metasvc.model import (
     SetAttr,
     SliceKind,
     VolumeFormat,
+    WrittenSlice,
 )
 
 MAX_ENTRIES: Final = 5000
@@ -70,10 +71,16 @@ def _commit(session: EngineSession, message: pb.Commit) -> Commit:
         raise _refuse("an end or time that no file has")
     if len({written.slice_id for written in commit.slices}) != len(commit.slices):
         raise _refuse("a slice is named twice")
-    for written in commit.slices:
+    check_written(commit.slices, session.format)
+    return commit
+
+
+def check_written(slices: Sequence[WrittenSlice], volume_format: VolumeFormat) -> None:
+    """Refuse slices that cannot be. EINVAL."""
+    for written in slices:
         if not 0 < written.slice_id < _INT64:
             raise _refuse("no slice has that id")
-        if len(written.data) != _data_bytes(written.length, written.kind, session.format):
+        if len(written.data) != _data_bytes(written.length, written.kind, volume_format):
             raise _refuse(f"slice {written.slice_id}: its bytes, or digests, do not fit its length")
         for ref in written.refs:
             if (
@@ -83,7 +90,6 @@ def _commit(session: EngineSession, message: pb.Commit) -> Commit:
                 or ref.end > MAX_FILE_BYTES
             ):
                 raise _refuse(f"slice {written.slice_id}: a piece that it does not have")
-    return commit
 
 
 def _data_bytes(length: int, kind: SliceKind, volume_format: VolumeFormat) -> int:
@@ -144,6 +150,11 @@ def _put_copied(result: Any, into: pb.Reply) -> None:
 def _put_statfs(found: Any, into: pb.Reply) -> None:
     into.statfs.total_bytes, into.statfs.used_bytes = found.total_bytes, found.used_bytes
     into.statfs.total_inodes, into.statfs.used_inodes = found.total_inodes, found.used_inodes
+
+
+def _put_opened(answer: Any, into: pb.Reply) -> None:
+    wire.put_open(answer, into)
+    into.opens = True
 
 
 async def _resolve(session: EngineSession, message: pb.Resolve, _: Caller) -> Any:
@@ -238,8 +249,8 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "setxattr": Operation(lambda s, m, c: s.setxattr(c, _ino(m.ino), m.name, m.value, flags=m.flags), _nothing),
     "removexattr": Operation(lambda s, m, c: s.removexattr(c, _ino(m.ino), m.name), _nothing),
     "statfs": Operation(lambda s, m, c: s.statfs(_ino(m.ino)), _put_statfs),
-    "open": Operation(lambda s, m, c: s.open(_ino(m.ino)), wire.put_open),
-    "create": Operation(_create, wire.put_open),
+    "open": Operation(lambda s, m, c: s.open(_ino(m.ino)), _put_opened),
+    "create": Operation(_create, _put_opened),
     "release": Operation(lambda s, m, c: s.release(_ino(m.ino)), _nothing),
     "read_map": Operation(_read_map, _put_map),
     "allocate_slices": Operation(_allocate, _put_ids),

@@ -11,7 +11,7 @@ request finds it here. Requests that changed nothing are not kept: to run them a
 from __future__ import annotations
 
 from metasvc.api import atoll_pb2 as pb
-from metasvc.model import Replies, SessionId
+from metasvc.model import Ino, Replies, SessionId
 
 
 class ReplyLog:
@@ -34,6 +34,11 @@ class ReplyLog:
     def get(self, number: int) -> bytes | None:
         """Return the reply to a request that changed something, framed, if it is known."""
         return self._kept.get(number)
+
+    def opened(self) -> list[Ino]:
+        """Return the inodes that requests opened whose replies the client has not confirmed."""
+        replies = [pb.FromService.FromString(kept).replies[0] for kept in self._kept.values()]
+        return [Ino(reply.inodes.ino[0]) for reply in replies if reply.opens]
 
     def keep(self, number: int, reply: bytes) -> Replies:
         """Keep a framed reply; the row that is to be written with the changes that it tells of."""

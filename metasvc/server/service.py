@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from chunkstore.errors import AtollError
+from chunkstore.geometry import is_block_size
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api.volume_format import dump_format, parse_format
 from metasvc.engine import first_rows
@@ -27,10 +29,11 @@ from metasvc.server.tokens import TokenRefused, Tokens
 from metasvc.server.volumes import Volume, Volumes
 
 MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
-"""Of either direction. A page of a directory has at most 5,000 names of 255 bytes; a commit 8,192 digests and 32 KiB inline."""
+"""Of what comes in: a commit has up to 2,048 pieces and 32 KiB inline for each slice. What goes out may be four times as large:
+the map of a file with thousands of inline slices."""
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", 4 * MAX_MESSAGE_BYTES),
     # Connections that say nothing, or answer no ping, are closed.
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.keepalive_time_ms", 10_000),
@@ -41,6 +44,7 @@ _OPTIONS: Final = (
     ("grpc.max_concurrent_streams", 1_000),
     ("grpc.so_reuseport", 0),
 )
+MAX_INLINE_BYTES: Final = 64 * 1024
 VOLUME_KEY: Final = "atoll-volume-bin"
 
 log = logging.getLogger(__name__)
@@ -141,6 +145,17 @@ class Service:
         for text in (volume_format.tenant, volume_format.name):
             check_name(text)
         store = self._volumes.store
+        try:
+            uuid.UUID(volume_format.uuid)
+        except ValueError as error:
+            raise FsError(22, f"{volume_format.uuid[:80]!r} is no uuid") from error
+        if (
+            not is_block_size(volume_format.block_bytes)
+            or not 0 <= volume_format.inline_limit_bytes <= MAX_INLINE_BYTES
+        ):
+            raise FsError(22, "a block size or inline limit that no volume can have")
+        if any(each.uuid == volume_format.uuid for each in await store.list_volumes()):
+            raise VolumeExists(f"there is a volume with the uuid {volume_format.uuid}: make another")
         rows = first_rows(volume_format, uid=request.uid, gid=request.gid, mode=request.mode & 0o7777)
         await store.add_tenant(volume_format.tenant, created_ns=time.time_ns())
         await store.create_volume(volume_format, rows)

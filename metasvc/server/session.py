@@ -16,6 +16,7 @@ import asyncio
 import errno
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
@@ -29,7 +30,9 @@ from metasvc.server.operations import OPERATIONS, Operation
 from metasvc.server.replies import ReplyLog, framed
 
 MAX_OUTSTANDING: Final = 256
-"""Most requests of a session at a time. It bounds what a session can make the service remember."""
+"""Most requests of a session at a time."""
+WINDOW: Final = 4096
+"""Numbers above the lowest that is not confirmed by which requests may run ahead: it bounds the replies that are kept."""
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +79,15 @@ class ServedSession(EngineSession):
         if self._running:
             await asyncio.wait(list(self._running.values()))
 
-    async def resume(self, opens: Mapping[Ino, int]) -> None:
-        """Go on with what the client has open. Call when it is quiet."""
-        await self._engine.resume_session(self._session_id, opens)
+    async def resume(self, opens: Mapping[Ino, int], *, confirmed: int) -> None:
+        """Go on with what the client has open. Call when it is quiet.
+
+        To that belongs what was opened by a create whose reply got lost: the client is about to ask for it again.
+        """
+        self._replies.confirm(confirmed)
+        counts = Counter(opens)
+        counts.update(self._replies.opened())
+        await self._engine.resume_session(self._session_id, counts)
 
     def receive(self, message: pb.FromClient) -> None:
         """Take a message: start its requests. Raises Misbehaved, and then has started those before the wrong one."""
@@ -91,8 +100,8 @@ class ServedSession(EngineSession):
         number = request.number
         if number < self._replies.confirmed:
             raise Misbehaved(f"request {number} comes after the confirmation of its reply")
-        if number >= 1 << 63:
-            raise Misbehaved(f"no request has the number {number}")
+        if number >= self._replies.confirmed + WINDOW:
+            raise Misbehaved(f"request {number} comes, and the reply to {self._replies.confirmed} is not confirmed")
         if number in self._running:
             raise Misbehaved(f"request {number} is under way already")
         if len(self._running) >= MAX_OUTSTANDING:
@@ -106,7 +115,8 @@ class ServedSession(EngineSession):
         name = request.WhichOneof("operation")
         kept = self._replies.get(number)
         if kept is not None:
-            self._answer_again(number, kept, is_create=name == "create")
+            self.repeated_total += 1
+            self._send(kept)
             return
         operation = None if name is None else OPERATIONS.get(name)
         if operation is None:
@@ -117,13 +127,6 @@ class ServedSession(EngineSession):
         task = asyncio.get_running_loop().create_task(work, name=f"{name} of session {self._session_id}")
         self._running[number] = task
         task.add_done_callback(lambda _: self._running.pop(number, None))
-
-    def _answer_again(self, number: int, kept: bytes, *, is_create: bool) -> None:
-        self.repeated_total += 1
-        if is_create:
-            (reply,) = pb.FromService.FromString(kept).replies
-            self._engine.opened(self._session_id, wire.inode_of(reply).ino)
-        self._send(kept)
 
     async def _run_request(self, number: int, operation: Operation, message: Any) -> None:
         caller = wire.caller_of(message.caller, number) if hasattr(message, "caller") else Caller(request_id=number)

@@ -153,10 +153,10 @@ class Volume:
         session.heard_s = time.monotonic()
         return session
 
-    async def resume(self, session: ServedSession, opens: Mapping[Ino, int]) -> None:
+    async def resume(self, session: ServedSession, opens: Mapping[Ino, int], *, confirmed: int) -> None:
         """Go on with a session on a new connection. Call with `attaching` held and nothing of it under way."""
         session.heard_s = time.monotonic()
-        await session.resume(opens)
+        await session.resume(opens, confirmed=confirmed)
         self._returned(session.session_id)
 
     async def end(self, session: ServedSession) -> None:

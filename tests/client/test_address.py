@@ -51,7 +51,8 @@ def test_an_address_is_absolute_and_free_of_symbolic_links(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     real = os.path.realpath(tmp_path / "real" / "vol")
     assert {str(parse_address(text)) for text in ("real/vol", "./link/vol", f"{tmp_path}/link/../real/vol/")} == {real}
-    assert parse_address("link/vol").meta_db == f"{real}/meta.db"
+    assert parse_address("link/vol") == EmbeddedAddress(real)
+    assert EmbeddedAddress(real).meta_db == f"{real}/meta.db"
 
 
 @pytest.mark.parametrize(

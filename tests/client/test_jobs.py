@@ -232,6 +232,7 @@ def test_staged_slices_that_were_never_committed_are_given_up(directory: Path) -
 
     async def stage(volume: Opened) -> None:
         # Nothing can be uploaded: the bucket is not there.
+        assert isinstance(volume.volume.address, EmbeddedAddress)
         Path(volume.volume.address.objects).rename(directory.parent / "away")
         ino = await volume.create(b"file")
         kept.append(os.urandom(MIB))

@@ -96,6 +96,7 @@ class Opened:
 
     def objects(self) -> list[str]:
         """Return the names of the objects in the bucket."""
+        assert isinstance(self.volume.address, EmbeddedAddress)
         top = Path(self.volume.address.objects)
         return sorted(path.name for path in top.rglob("*") if path.is_file())
 

@@ -344,7 +344,9 @@ async def test_more_files_than_may_be_asked_for_at_once_are_open_again_in_the_ne
 
 async def test_what_an_absent_session_sustains_outlives_the_close_of_another() -> None:
     async with (
-        stored("memory", Path()) as store, served(store, return_s=0.3) as service, Cutter(service.port) as cutter,
+        stored("memory", Path()) as store,
+        served(store, return_s=0.3) as service,
+        Cutter(service.port) as cutter,
         connected(service, port=cutter.port) as absent,
         connected(service) as present,
     ):

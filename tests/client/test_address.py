@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.address import AddressInvalid, components, normalize, parse_address, parse_volume_path, shown, split_path
+from client.address import (
+    AddressInvalid,
+    EmbeddedAddress,
+    components,
+    normalize,
+    parse_address,
+    parse_volume_path,
+    shown,
+    split_path,
+)
 
 NAMES = st.binary(min_size=1, max_size=20).filter(lambda name: b"/" not in name and b"\0" not in name)
 

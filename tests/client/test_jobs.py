@@ -16,6 +16,7 @@ import structlog
 from chunkstore.errors import BucketUnavailable
 from chunkstore.geometry import CHUNK_BYTES, Buffer, SliceId
 from chunkstore.slices import Durability, SliceInfo
+from client.address import EmbeddedAddress
 from client.compaction import compact
 from client.jobs import JobRates, Jobs, settle_staged
 from metasvc.model import ROOT_INO

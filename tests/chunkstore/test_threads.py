@@ -99,3 +99,31 @@ async def test_a_call_that_stops_an_iteration_fails_its_future() -> None:
     with pytest.raises(RuntimeError, match="StopIteration"):
         await threads.start(next, iter(()))
     await threads.close()
+
+
+async def test_a_thread_that_cannot_be_started_is_missed_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+    refused = 0
+
+    def refuse(thread: threading.Thread) -> None:
+        nonlocal refused
+        refused += 1
+        raise RuntimeError("can't start new thread")
+
+    threads = Threads(2, name="test")
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="new thread"):
+            threads.start(int)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert await threads.start(int) == 0
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    # One there is takes what a second one would have taken.
+    assert await asyncio.gather(*(threads.start(int, str(n)) for n in range(4))) == [0, 1, 2, 3]
+    monkeypatch.setattr(threading.Thread, "start", start)
+    gate = threading.Event()
+    waiting = threads.start(gate.wait, 20)
+    await threads.start(gate.set)
+    assert await waiting
+    assert refused >= 4
+    await threads.close()

@@ -82,7 +82,7 @@ class Threads:
             if not future.cancelled():
                 try:
                     result = call(*args)
-                except BaseException as exc:  # noqa: BLE001  the edge of the thread: whatever it is, the caller gets it
+                except BaseException as exc:  # noqa: BLE001 - the edge of the thread: whatever it is, the caller gets it
                     error = exc
             try:
                 loop.call_soon_threadsafe(self._settle, future, result, error)

@@ -2,7 +2,8 @@
 
 What it owns: where the walk of one session is, in which order it takes subdirectories, and one chain of loads under way.
 All of it is a hint: it only brings rows into memory. What it brings in vain is bounded: about `AHEAD_ENTRIES` names for each
-directory that was listed to its end, and only after the walk has gone from a directory to its child or sibling twice.
+directory that was listed to its end, and only after the walk has gone from a directory to its child or sibling twice. A mount
+begins one at its root without having gone anywhere.
 """
 
 from __future__ import annotations

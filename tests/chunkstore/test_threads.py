@@ -26,6 +26,7 @@ async def test_results_and_errors_come_back_and_no_more_threads_run_than_allowed
         with lock:
             running += 1
             most = max(most, running)
+        # Long enough for the others to begin.
         time.sleep(0.005)
         with lock:
             running -= 1
@@ -67,6 +68,7 @@ async def test_close_waits_for_all_that_was_started_and_then_takes_nothing() -> 
     ran: list[int] = []
 
     def work(number: int) -> None:
+        # Some are still waiting for a thread when close() is called.
         time.sleep(0.01)
         ran.append(number)
 

@@ -50,6 +50,7 @@ async def grown(names: dict[str, int]) -> VolumeStore:
 @asynccontextmanager
 async def cold(store: VolumeStore) -> AsyncIterator[tuple[Opened, Scans]]:
     scans = Scans(store)
+    # The stand-in hands on what it does not note, which mypy cannot see.
     async with opened(scans) as volume:  # type: ignore[arg-type]
         yield volume, scans
         # Beyond this fsck scans.

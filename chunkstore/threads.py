@@ -36,19 +36,31 @@ class Threads:
         self._is_closed = False
 
     def start(self, call: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
-        """Start a call when a thread is free; the future has its result or what it raised. RuntimeError after close()."""
+        """Start a call when a thread is free; the future has its result or what it raised.
+
+        RuntimeError after close(), and where the system gives not even one thread.
+        """
         if self._is_closed:
             raise RuntimeError(f"the threads {self._name} are closed")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
+        if self._outstanding >= len(self._threads) and len(self._threads) < self._limit:
+            self._start_thread()
         self._outstanding += 1
-        if self._outstanding > len(self._threads) and len(self._threads) < self._limit:
-            # Daemons: an interpreter that ends without close() must not wait for a thread that waits for it.
-            thread = threading.Thread(target=self._run, name=f"{self._name}_{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
         self._queue.put((loop, future, call, args))
         return future
+
+    def _start_thread(self) -> None:
+        # Daemons: an interpreter that ends without close() must not wait for a thread that waits for it.
+        thread = threading.Thread(target=self._run, name=f"{self._name}_{len(self._threads)}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            # No more threads for this process now. Those that there are take the call; the next call tries again.
+            if not self._threads:
+                raise
+            return
+        self._threads.append(thread)
 
     async def close(self) -> None:
         """Let the threads finish what was started, and end them. May be called again."""
@@ -70,7 +82,7 @@ class Threads:
             if not future.cancelled():
                 try:
                     result = call(*args)
-                except BaseException as exc:  # noqa: BLE001  the edge of the thread: whatever it is, the caller gets it
+                except BaseException as exc:  # noqa: BLE001 - the edge of the thread: whatever it is, the caller gets it
                     error = exc
             try:
                 loop.call_soon_threadsafe(self._settle, future, result, error)

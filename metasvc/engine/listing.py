@@ -47,6 +47,8 @@ class _Habit:
     hits: int = 0
     misses: int = 0
     opens_missed: int = 0
+    generation: int = 0
+    """When an open in it missed memory last, in generations of rows that were evicted."""
     content_bytes: int = 0
     """What all files of the directory with their inline bytes take in memory; 0 before opens in it missed memory twice."""
 
@@ -67,7 +69,9 @@ class Listing:
         engine = self._engine
         inode: Inode = await engine.run(Tx.directory, ino)
         rows = engine.rows
-        await self._walk.arrive(inode, is_start=after is None)
+        if await self._walk.arrive(inode, is_start=after is None):
+            # It may have been changed while its load was waited for.
+            inode = await engine.run(Tx.directory, ino)
         known = rows.group(DENTRY, ino)
         if known is None:
             found, end = await rows.scan_dir(ino, after=after, limit=limit)
@@ -183,5 +187,8 @@ class Listing:
         count, inline_limit = max(1, directory.size_bytes), self._engine.format.inline_limit_bytes
         inline_bytes = directory.child_bytes if directory.child_bytes <= count * inline_limit else 0
         habit.content_bytes = count * CONTENT_COST_BYTES + inline_bytes
-        together_bytes = sum(each.content_bytes for each in self._habits.values())
+        habit.generation = rows.evicted_generations_total
+        # What missed nothing for two generations is not being read at random now, or is gone.
+        recent = habit.generation - 2
+        together_bytes = sum(each.content_bytes for each in self._habits.values() if each.generation >= recent)
         return together_bytes <= CONTENT_SHARE * rows.limit_bytes

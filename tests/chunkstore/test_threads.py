@@ -26,6 +26,7 @@ async def test_results_and_errors_come_back_and_no_more_threads_run_than_allowed
         with lock:
             running += 1
             most = max(most, running)
+        # Long enough for the others to begin.
         time.sleep(0.005)
         with lock:
             running -= 1
@@ -67,6 +68,7 @@ async def test_close_waits_for_all_that_was_started_and_then_takes_nothing() -> 
     ran: list[int] = []
 
     def work(number: int) -> None:
+        # Some are still waiting for a thread when close() is called.
         time.sleep(0.01)
         ran.append(number)
 
@@ -98,4 +100,32 @@ async def test_a_call_that_stops_an_iteration_fails_its_future() -> None:
     threads = Threads(1, name="test")
     with pytest.raises(RuntimeError, match="StopIteration"):
         await threads.start(next, iter(()))
+    await threads.close()
+
+
+async def test_a_thread_that_cannot_be_started_is_missed_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+    refused = 0
+
+    def refuse(thread: threading.Thread) -> None:
+        nonlocal refused
+        refused += 1
+        raise RuntimeError("can't start new thread")
+
+    threads = Threads(2, name="test")
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="new thread"):
+            threads.start(int)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert await threads.start(int) == 0
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    # One there is takes what a second one would have taken.
+    assert await asyncio.gather(*(threads.start(int, str(n)) for n in range(4))) == [0, 1, 2, 3]
+    monkeypatch.setattr(threading.Thread, "start", start)
+    gate = threading.Event()
+    waiting = threads.start(gate.wait, 20)
+    await threads.start(gate.set)
+    assert await waiting
+    assert refused >= 4
     await threads.close()

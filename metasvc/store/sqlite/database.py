@@ -28,8 +28,8 @@ __all__ = ["APPLICATION_ID", "WriterConnection", "connect_reader", "connect_writ
 APPLICATION_ID: Final = 0x41746F6C
 """``Atol`` in ASCII, at offset 68 of the file."""
 
-# STRICT tables need 3.37 (2021). Debian 12 has 3.40.1.
-_MIN_SQLITE: Final = (3, 37, 0)
+# STRICT tables need 3.37, JSON is built in from 3.38 (2022) on. Debian 12 has 3.40.1.
+_MIN_SQLITE: Final = (3, 38, 0)
 
 # Of the log per create with pages of 4, 8, 16 KiB: 21.9, 42.3, 83.0 KiB one by one, 0.6, 1.0, 1.7 KiB in batches of 100;
 # a commit takes 285, 338, 425 us and 0.7 to 0.9 ms then. Only 4 KiB contents in batches of 100 like 16 KiB as much as 4.
@@ -60,7 +60,7 @@ def prepare(path: str, *, create: bool) -> None:
     StoreError for a file that something else wrote, SchemaTooNew for one of a newer AtollFS; nothing is changed then.
     """
     if sqlite3.sqlite_version_info < _MIN_SQLITE:
-        raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old: install 3.37 or newer")
+        raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old: install 3.38 or newer")
     with translated(path):
         if not os.path.lexists(path):
             if not create:

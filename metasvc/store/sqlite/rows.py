@@ -19,6 +19,7 @@ from itertools import chain
 from operator import itemgetter
 from typing import Any, Final, get_type_hints
 
+from metasvc.errors import StoreError
 from metasvc.model import Dentry, Inode
 from metasvc.store import Loaded
 from metasvc.store.tables import DENTRY, INODE, TABLES, Batch, Key, Row, Table
@@ -81,6 +82,11 @@ def _unpacked(table: Table, found: Sequence[Any]) -> list[list[Any]]:
             end = start + row[blob]
             row[blob] = joined[start:end]
             start = end
+        if start != len(joined or b""):
+            # Never seen. What would follow is a content cut short, and written back.
+            raise StoreError(
+                f"SQLite joined {start} bytes of {table.name} to {len(joined or b'')}: use another version of it"
+            )
     return rows
 
 

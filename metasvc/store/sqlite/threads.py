@@ -1,6 +1,7 @@
 """Threads that each hold one SQLite connection and take calls from one queue.
 
-Owns the hand-over between the event loop and the threads, and the life of the connections. Knows no SQL.
+Owns the hand-over between the event loop and the threads, and the life of the connections. Knows no SQL. (What
+chunkstore.threads is for calls without a connection and without a deadline; metasvc may not import it.)
 
 Why not an executor: a commit of one create takes about 280 us in the thread, most of it the fsync; the hand-over there
 and back adds 50 to 60 us with SimpleQueue and call_soon_threadsafe, 80 to 120 us with run_in_executor (uvloop, 2 cores).
@@ -57,15 +58,16 @@ class ConnectionThreads(Generic[C]):
     async def call(self, function: Callable[[C, *Ts], T], *args: *Ts) -> T:
         """Run ``function(connection, *args)`` on a thread. Foreign errors become StoreError.
 
-        Raises StoreError after CALL_DEADLINE_S; the function may run, or go on running, afterwards.
+        Raises StoreError where there is not even one thread, and after CALL_DEADLINE_S; the function may run then, or go on
+        running, afterwards.
         """
         if self._closed:
             raise StoreError(f"{self._path} is closed")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        self._waiting += 1
-        if self._waiting > len(self._threads) and len(self._threads) < self._limit:
+        if self._waiting >= len(self._threads) and len(self._threads) < self._limit:
             self._start_thread()
+        self._waiting += 1
         self._queue.put((loop, future, function, args))
         deadline = loop.call_later(CALL_DEADLINE_S, self._give_up, future)
         try:
@@ -94,8 +96,14 @@ class ConnectionThreads(Generic[C]):
     def _start_thread(self) -> None:
         # Daemon: an interpreter that ends without close() must not wait for a thread that waits for it.
         thread = threading.Thread(target=self._run, name=f"{self._name}-{len(self._threads)}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as exc:
+            # No more threads for this process now. Those that there are take the call; the next call tries again.
+            if not self._threads:
+                raise StoreError(f"{self._path}: {exc}: raise the limit of threads") from exc
+            return
         self._threads.append(thread)
-        thread.start()
 
     def _give_up(self, future: asyncio.Future[Any]) -> None:
         if not future.done():

@@ -220,6 +220,7 @@ async def test_opens_at_random_load_neighbours_only_while_these_are_there_when_t
     store = Loads(volume_store)
     # Of what is needed a half is the share of the contents; the other case has a tenth of that.
     needed_bytes = 2 * len(files) * (4 * ROW_COST_BYTES + 4096)
+    # The stand-in hands on what it does not count, which mypy cannot see.
     async with opened(store, memory_bytes=needed_bytes if fits else needed_bytes // 10) as volume:  # type: ignore[arg-type]
         for parent, name, content in files:
             ino = (await volume.meta.lookup(parent, name)).ino

@@ -7,7 +7,8 @@
         └── OutOfSpace              EDQUOT of a directory quota, ENOSPC of the volume
     └── NotOwner                    another process owns the volume (EAGAIN)
     └── Fenced                      this process was the owner and is no more (ESTALE): it must stop
-    └── StoreError                  the store failed (EIO); the engine stops, nothing unacknowledged is answered
+    └── StoreError                  the store failed (EIO); the engine asks again while it owns the volume
+        └── StoreRefused            it will never do it: the engine stops, nothing unacknowledged is answered
     └── VolumeMissing, VolumeExists, SchemaTooNew
 """
 
@@ -25,6 +26,7 @@ __all__ = [
     "OutOfSpace",
     "SchemaTooNew",
     "StoreError",
+    "StoreRefused",
     "VolumeExists",
     "VolumeMissing",
 ]
@@ -78,6 +80,12 @@ class StoreError(AtollError):
 
     code = "store-error"
     errno = E.EIO
+
+
+class StoreRefused(StoreError):
+    """The store will never do what was asked: to ask again is no use."""
+
+    code = "store-refused"
 
 
 class VolumeMissing(AtollError):

@@ -5,7 +5,8 @@ three that open and release.
 
 While the service is away, requests wait; when it is back the session goes on there: Hello says what is open, and everything
 without a reply is sent again under its old number, in order. The service applies it once. A request that waited for
-`timeout_s` fails with EIO, as does everything new until the service is back.
+`timeout_s` fails with EIO, as does everything new until the service is back. What became of it then nobody knows: if it was
+sent it was applied, or is applied before anything that comes after it, or was lost with the service; it is not sent again.
 
 A session that the service has ended (it heard nothing for too long, or lost its store) cannot go on. Another one is begun:
 requests that change something fail with ESTALE, because nobody can know whether they were applied; reads are asked again; what
@@ -33,6 +34,7 @@ import grpc
 import grpc.aio
 
 from chunkstore.errors import AtollError
+from chunkstore.geometry import MAX_FILE_BYTES
 from client.meta.channel import Endpoint, ServiceRefused, ServiceUnavailable, SessionEnded
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api import wire
@@ -45,8 +47,9 @@ HELLO_S: Final = 20.0
 """How long the service may take to answer Hello: it may wait for requests of the session that are under way."""
 SILENCE: Final = 5
 """A stream on which nothing came for so many signs of life is given up."""
-WINDOW: Final = 2048
-"""No request runs so far ahead of the lowest without a reply: the service keeps all replies from there on."""
+WINDOW: Final = 512
+"""No request runs so far ahead of the lowest without a reply: the service keeps, and writes with each batch, all replies from
+there on (150 bytes each)."""
 FIRST_DELAY_S: Final = 0.05
 MAX_DELAY_S: Final = 1.0
 _BATCH_BYTES: Final = 4 * 1024 * 1024
@@ -117,6 +120,8 @@ class SessionConnection:
         self._pending: dict[int, _Pending] = {}
         self._outgoing: list[pb.Request] = []
         self._opens: Counter[Ino] = Counter()
+        self._promised: dict[Ino, int] = {}
+        """Up to where files that are open may grow, in bytes, by the service's word."""
         self._sent = 0
         """Requests that went out on this stream and have no reply."""
         self._sign_is_due = False
@@ -208,10 +213,21 @@ class SessionConnection:
         pending = self._pending[request.number] = _Pending(request, name)
         self._outgoing.append(request)
         self._wake.set()
-        reply = await pending.future
+        try:
+            reply = await pending.future
+        except asyncio.CancelledError:
+            if pending.future.done() and not pending.future.cancelled():
+                # The reply came, and was counted, before the caller could wake.
+                self._give_back(pending)
+            raise
         if reply.HasField("failure"):
             raise wire.error_of(reply.failure)
         return reply
+
+    def _give_back(self, pending: _Pending) -> None:
+        """Release what a request opened whose caller is gone."""
+        if pending.future.exception() is None and (reply := pending.future.result()).opens and reply.inodes.ino:
+            self._send_release(Ino(reply.inodes.ino[0]))
 
     def _too_long(self) -> AtollError:
         return ServiceUnavailable(
@@ -254,21 +270,22 @@ class SessionConnection:
                     self._send_release(ino)
             elif pending.name == "release":
                 self._released(Ino(pending.request.release.ino))
+            elif pending.name == "reserve":
+                ino = Ino(pending.request.reserve.ino)
+                if self._opens[ino]:
+                    self._promised[ino] = max(self._promised.get(ino, 0), reply.count)
         if not pending.future.done():
             pending.future.set_result(reply)
 
     def _send_release(self, ino: Ino) -> None:
-        request = pb.Request(number=self._next, release=pb.Release(ino=ino))
-        self._next += 1
-        pending = self._pending[request.number] = _Pending(request, "release")
-        pending.future.add_done_callback(lambda done: done.cancelled() or done.exception())
-        self._outgoing.append(request)
+        self._outgoing.append(self._ask("release", pb.Release(ino=ino)))
         self._wake.set()
 
     def _released(self, ino: Ino) -> None:
         self._opens[ino] -= 1
         if self._opens[ino] <= 0:
             del self._opens[ino]
+            self._promised.pop(ino, None)
 
     # -- the stream ---------------------------------------------------------------------------------------------------
 
@@ -363,8 +380,10 @@ class SessionConnection:
         hello = self._hello
         del hello.open_inos[:]
         del hello.open_counts[:]
+        del hello.open_ends[:]
         hello.open_inos.extend(self._opens)
         hello.open_counts.extend(self._opens.values())
+        hello.open_ends.extend(self._promised.get(ino, 0) for ino in self._opens)
         await stream.write(pb.FromClient(hello=hello, confirmed=self._confirmed()).SerializeToString())
         data = await stream.read()
         if not isinstance(data, bytes):
@@ -393,12 +412,20 @@ class SessionConnection:
     def _register_opens(self) -> None:
         """Open again, in a new session, what was open in the one that ended; what is gone is gone."""
         opens, self._opens = self._opens, Counter()
+        promised, self._promised = self._promised, {}
         for ino, count in opens.items():
             for _ in range(count):
-                request = pb.Request(number=self._next, open=pb.Open(ino=ino))
-                self._next += 1
-                pending = self._pending[request.number] = _Pending(request, "open")
-                pending.future.add_done_callback(lambda done: done.cancelled() or done.exception())
+                self._ask("open", pb.Open(ino=ino))
+        for ino, end in promised.items():
+            self._ask("reserve", pb.Reserve(ino=ino, end=min(end, MAX_FILE_BYTES)))
+
+    def _ask(self, name: str, operation: Any) -> pb.Request:
+        """Add a request whose answer nobody waits for."""
+        request = pb.Request(number=self._next, **{name: operation})
+        self._next += 1
+        pending = self._pending[request.number] = _Pending(request, name)
+        pending.future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return request
 
     def _confirmed(self) -> int:
         return next(iter(self._pending), self._next)
@@ -469,6 +496,9 @@ class SessionConnection:
             for number, pending in list(self._pending.items()):
                 if pending.began_s > late_s:
                     break
+                if pending.name == "release":
+                    # It is not sent again: what the session has open is said at the next Hello.
+                    self._released(Ino(pending.request.release.ino))
                 self._fail(number, self._too_long())
 
 

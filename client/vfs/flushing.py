@@ -64,6 +64,15 @@ class Flusher:
         self._full.add(file)
         self._wake.set()
 
+    def lost(self, file: Writing, lost_bytes: int) -> None:
+        """Take note that written bytes cannot be committed any more: the session that wrote them has ended."""
+        self._metrics.lost_bytes += lost_bytes
+        self._log.error(
+            "written data are lost: the session they belong to was ended by the metadata service",
+            inode=file.inode.ino,
+            lost_bytes=lost_bytes,
+        )
+
     @property
     def dirty_files(self) -> int:
         """Return how many files have something pending."""
@@ -132,8 +141,9 @@ class Flusher:
                 retry.may_pass = isinstance(error, AtollError) and error.retryable
                 delay_s = min(_RETRY_MAX_S, _RETRY_FIRST_S * 2.0 ** (retry.failures - 1))
                 retry.not_before_s = self._clock.monotonic_s() + delay_s
+                kept = "flush failed, the data are kept" if file.is_dirty else "flush failed"
                 self._log.warning(
-                    "flush failed, the data are kept", inode=file.inode.ino, retry_s=delay_s, error=str(error)
+                    kept, inode=file.inode.ino, retry_s=delay_s, error=str(error)
                 )
         else:
             if retry is not None:

@@ -44,6 +44,7 @@ class VfsMetrics:
         self.read_bytes = 0
         self.written_bytes = 0
         self.flush_failures = 0
+        self.lost_bytes = 0
 
     def operation(self, name: str) -> OperationMetrics:
         """Return the counters of an operation, by the name that FUSE gives it (`READ`); made at first use."""
@@ -75,6 +76,7 @@ class VfsMetrics:
             "read_bytes_total": ("Bytes handed to readers.", self.read_bytes),
             "written_bytes_total": ("Bytes taken from writers.", self.written_bytes),
             "flush_failures_total": ("Flushes of a file that failed; its data are kept.", self.flush_failures),
+            "lost_bytes_total": ("Written bytes that were lost because their session had ended.", self.lost_bytes),
         }
         for name, (text, value) in counters.items():
             lines += [f"# HELP atoll_{name} {text}", f"# TYPE atoll_{name} counter", f"atoll_{name} {value}"]

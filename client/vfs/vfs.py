@@ -76,11 +76,13 @@ class Handle(NamedTuple):
 class _FileHandle:
     """One open descriptor of a regular file."""
 
-    __slots__ = ("can_read", "can_write", "file", "read_ahead")
+    __slots__ = ("can_read", "can_write", "file", "losses", "read_ahead")
 
     def __init__(self, file: Writing, flags: int, read_ahead: ReadAhead) -> None:
         access = flags & os.O_ACCMODE
         self.file = file
+        self.losses = file.losses
+        """How many losses of written data this descriptor has heard of."""
         self.can_read = access != os.O_WRONLY
         self.can_write = access != os.O_RDONLY
         self.read_ahead = read_ahead
@@ -514,13 +516,24 @@ class Vfs:
         """Do what close(2) promises: what was written through any handle of this file is durable when this returns."""
         handle = self._handles.get(fh)
         if handle is not None and handle.can_write:
-            await handle.file.flush()
+            await self._flush(handle)
 
     async def fsync(self, fh: int) -> None:
-        """Make everything written to the file durable. What failed is kept: a later fsync tries again."""
+        """Make everything written to the file durable. What failed is kept: a later fsync tries again.
+
+        ESTALE, once, where data were lost with the session that wrote them.
+        """
         handle = self._handles.get(fh)
         if handle is not None:
+            await self._flush(handle)
+
+    async def _flush(self, handle: _FileHandle) -> None:
+        try:
             await handle.file.flush()
+        finally:
+            told, handle.losses = handle.losses, handle.file.losses
+        if told != handle.losses:
+            _refuse(E.ESTALE, "data written to this file were lost: the session that wrote them has ended")
 
     async def release(self, fh: int) -> None:
         """Forget a handle. Never fails."""

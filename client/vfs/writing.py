@@ -13,7 +13,9 @@ Invariants
   overlays an older one does not shorten it, because the newer one may be lost in a crash after the older was acknowledged.
 - A slice leaves `pending` in the same stretch in which its refs enter the committed map, so a reader finds its bytes in one
   of the two at any time.
-- A failed flush changes nothing: all slices stay pending, whoever flushes next tries them again.
+- A failed flush changes nothing: all slices stay pending, whoever flushes next tries them again. The one exception are slices
+  of a session that the service has ended (it did not hear of this client for too long): nobody can commit them any more. They
+  leave `pending` for good, `losses` grows, and each descriptor that was open for writing hears of it once (ESTALE).
 
 Interleavings
 - `changing` serialises what changes the pending slices or the length: writes, truncates, and the moment at which a flush
@@ -28,6 +30,7 @@ Interleavings
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -43,7 +46,8 @@ from client.vfs.options import VfsOptions
 from client.vfs.overlay import Layer
 from client.vfs.slice_ids import SliceIds
 from metasvc.api import MetaClient
-from metasvc.model import Caller, Commit, Inode, OpenFile, SetAttr, SliceKind, SliceRef, WrittenSlice
+from metasvc.errors import FsError
+from metasvc.model import Caller, Commit, Inode, OpenFile, SessionId, SetAttr, SliceKind, SliceRef, WrittenSlice
 
 
 class DirtyFiles(Protocol):
@@ -59,6 +63,10 @@ class DirtyFiles(Protocol):
 
     def wants_flush(self, file: Writing) -> None:
         """Flush this file soon: a slice of it is full."""
+        ...
+
+    def lost(self, file: Writing, lost_bytes: int) -> None:
+        """Take note that written bytes cannot be committed any more."""
         ...
 
 
@@ -81,10 +89,12 @@ class Surroundings:
 class PendingSlice:
     """A slice being written or waiting for commit, with the file ranges that it covers."""
 
-    __slots__ = ("end", "refs", "sealed", "since_s", "writer")
+    __slots__ = ("end", "refs", "sealed", "session_id", "since_s", "writer")
 
-    def __init__(self, writer: SliceWriter, since_s: float) -> None:
+    def __init__(self, writer: SliceWriter, session_id: SessionId, since_s: float) -> None:
         self.writer = writer
+        self.session_id = session_id
+        """The session that may commit it."""
         self.refs: Layer = []
         self.end = 0
         """End of own writes: what the length must at least become."""
@@ -164,6 +174,7 @@ class Writing:
         "flushing",
         "inode",
         "lacks_capability",
+        "losses",
         "mtime_ns",
         "pending",
         "size",
@@ -185,6 +196,8 @@ class Writing:
         """Time of the last write that is not committed; None if the committed mtime holds."""
         self.lacks_capability = False
         """Whether `security.capability` is known not to be set: the kernel asks for it before each write(2)."""
+        self.losses = 0
+        """How often pending slices were lost with the session that they belonged to."""
         self.changing = asyncio.Lock()
         self.flushing = asyncio.Lock()
         self._current: PendingSlice | None = None
@@ -288,7 +301,7 @@ class Writing:
     async def _begin(self) -> PendingSlice:
         around = self._with
         slice_id = await around.slice_ids.take()
-        slice_ = PendingSlice(around.chunks.writer(slice_id), around.clock.monotonic_s())
+        slice_ = PendingSlice(around.chunks.writer(slice_id), around.meta.session_id, around.clock.monotonic_s())
         self.pending.append(slice_)
         self.sources[slice_id] = slice_
         self._current = slice_
@@ -308,14 +321,47 @@ class Writing:
     async def flush(self) -> None:
         """Make all that was written before this call durable and committed. Nothing to do: no trip, no waiting.
 
-        Errors of sealing (BucketUnavailable …) and of the commit; everything stays pending then.
+        Errors of sealing (BucketUnavailable …) and of the commit; everything stays pending then, but for slices of a session
+        that has ended (ESTALE).
         """
         if not self.pending and self._commit is None:
             return
         async with self._flush_turn():
             async with self.changing:
                 batch, mtime_ns = self._close_current()
-            await self._seal_and_commit(batch, mtime_ns)
+            try:
+                await self._seal_and_commit(batch, mtime_ns)
+            except FsError as error:
+                if error.errno == errno.ESTALE:
+                    async with self.changing:
+                        await self._lose_ended()
+                raise
+
+    async def _lose_ended(self) -> None:
+        """Let go of slices whose session has ended. Call with `flushing` and `changing` held."""
+        around = self._with
+        lost = tuple(slice_ for slice_ in self.pending if slice_.session_id != around.meta.session_id)
+        if not lost:
+            return
+        try:
+            inode = await around.meta.getattr(self.inode.ino)
+        except FsError:
+            inode = self.inode  # removed meanwhile
+        # No await from here on until the file is whole again.
+        if self._current in lost:
+            self._current = None
+        self._remove(lost)
+        self.losses += 1
+        self.committed.reset(max(inode.map_version, self.committed.version))
+        self._take_inode(inode)
+        self.size = max([inode.size_bytes, *(slice_.end for slice_ in self.pending)])
+        around.committed()
+        around.dirty.lost(self, sum(ref[3] for slice_ in lost for ref in slice_.refs))
+        for slice_ in lost:
+            if slice_.sealed is None:
+                await slice_.writer.discard()
+            # One that was sealed may have been committed, its answer lost: then its objects are named by the map. If not, they
+            # are swept as what no map names.
 
     @asynccontextmanager
     async def _flush_turn(self) -> AsyncIterator[None]:
@@ -424,7 +470,12 @@ class Writing:
     async def still(self) -> AsyncIterator[None]:
         """Flush, then keep the file as it is for as long as this is entered: for changes that the owner makes."""
         async with self._flush_turn(), self.changing:
-            await self._seal_and_commit(*self._close_current())
+            try:
+                await self._seal_and_commit(*self._close_current())
+            except FsError as error:
+                if error.errno == errno.ESTALE:
+                    await self._lose_ended()
+                raise
             yield
 
     def changed(self, opened: OpenFile) -> None:

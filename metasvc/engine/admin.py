@@ -160,9 +160,9 @@ class EngineAdmin:
         have: Quota | None = await engine.run(lambda tx: (tx.directory(ino), tx.quota(ino))[1])
         if have is None:
             # Counting and setting must see the same tree, so changes wait: 1 s per 100,000 names or so.
-            with engine.changes_held():
+            async with engine.changes_held() as hold:
                 used = await trees.count_for_quota(engine, ino)
-                await engine.run(trees.set_quota, ino, max_bytes, max_inodes, used, even_if_held=True)
+                await engine.run(trees.set_quota, ino, max_bytes, max_inodes, used, hold=hold)
         else:
             await engine.run(trees.set_quota, ino, max_bytes, max_inodes, None)
         quota: Quota = await engine.run(lambda tx: tx.quota(ino))
@@ -235,13 +235,13 @@ class EngineAdmin:
     async def check(self, *, repair: bool) -> AsyncIterator[Problem]:
         engine = self._engine
         await engine.settled()
-        first = [problem async for problem in Check(engine, repair=False).problems()]
+        first = [problem async for problem in Check(engine).problems()]
         if not first:
             return
         # Something looked wrong, perhaps only because the volume moved meanwhile: look again while it stands.
-        with engine.changes_held():
+        async with engine.changes_held() as hold:
             await engine.settled()
-            found = [problem async for problem in Check(engine, repair=repair).problems()]
+            found = [problem async for problem in Check(engine, hold if repair else None).problems()]
         for problem in found:
             yield problem
 

@@ -1,7 +1,7 @@
 """fsck of the metadata: rows against rows.
 
 Reads every table in order of its key and compares what the engine's modules promise (their "Invariants"). It
-sees the store, so it runs after all batches are durable; exact only while nothing changes (Engine.hold_changes).
+sees the store, so it runs after all batches are durable; exact only while nothing changes (Engine.changes_held).
 Memory: about 200 bytes per inode.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from chunkstore.geometry import CHUNK_BYTES, block_count
 from metasvc.engine import accounts, trash
-from metasvc.engine.engine import Engine
+from metasvc.engine.engine import Engine, Hold
 from metasvc.engine.tx import Tx
 from metasvc.model import (
     IN_TRASH,
@@ -70,15 +70,16 @@ class _Directory:
 class Check:
     """One pass over all rows of a volume."""
 
-    def __init__(self, engine: Engine, *, repair: bool) -> None:
+    def __init__(self, engine: Engine, hold: Hold | None = None) -> None:
+        """With a hold what can be is repaired; without one nothing is changed."""
         self._engine = engine
-        self._repair = repair
+        self._hold = hold
         self._inodes: dict[Ino, Inode] = {}
         self._names: dict[Ino, _Names] = {}
         self._directories: dict[Ino, _Directory] = {}
 
     async def problems(self) -> AsyncIterator[Problem]:
-        """Yield what does not fit; with ``repair`` put right what can be derived from the rest."""
+        """Yield what does not fit; when repairing put right what can be derived from the rest."""
         async for row in self._rows(INODE):
             self._inodes[row.ino] = row
         for part in (self._dentries, self._links, self._inode_rows, self._content, self._trees, self._counters):
@@ -93,12 +94,12 @@ class Check:
             after = table.key_of(page[-1])
 
     async def _put(self, table: Table, row: Any) -> None:
-        if self._repair:
-            await self._engine.run(lambda tx: tx.put(table, row), even_if_held=True)
+        if self._hold is not None:
+            await self._engine.run(lambda tx: tx.put(table, row), hold=self._hold)
 
     async def _delete(self, table: Table, key: Any) -> None:
-        if self._repair:
-            await self._engine.run(lambda tx: tx.delete(table, key), even_if_held=True)
+        if self._hold is not None:
+            await self._engine.run(lambda tx: tx.delete(table, key), hold=self._hold)
 
     async def _dentries(self) -> AsyncIterator[Problem]:
         async for dentry in self._rows(DENTRY):
@@ -166,8 +167,8 @@ class Check:
                 right = right._replace(parent=IN_TRASH if ino in trashed else Ino(0))
                 if ino not in trashed and ino not in sustained:
                     yield Problem("inode-without-name", ino, f"{inode.size_bytes} bytes, nobody has it open", True)
-                    if self._repair:
-                        await self._engine.run(_to_trash, right, even_if_held=True)
+                    if self._hold is not None:
+                        await self._engine.run(_to_trash, right, hold=self._hold)
                     continue
             if right != inode:
                 fields = [name for name in Inode._fields if getattr(right, name) != getattr(inode, name)]

@@ -10,25 +10,32 @@ Interleavings:
 - While a batch is in flight the next one fills. It is sent in the tick after the first change if nothing is
   in flight, so operations that arrive in one tick share a batch.
 - A commit whose outcome is unknown (StoreError) is settled by last_batch(): applied, or sent again, until the
-  ownership has run out. Then, or when fenced, the committer *fails*: every waiter and every later operation
-  gets the error, and nothing unacknowledged is ever acknowledged (fail-stop).
+  ownership has run out; a full disk makes operations wait until it has room. When the ownership has run out, was
+  lost (Fenced), or the store will never take the batch (StoreRefused), the committer *fails*: every waiter and
+  every later operation gets the error, and nothing unacknowledged is ever acknowledged (fail-stop).
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from chunkstore.errors import AtollError
 from metasvc.engine.memory import Rows
 from metasvc.engine.owner import Owner
-from metasvc.errors import Fenced, StoreError
+from metasvc.errors import Fenced, StoreError, StoreRefused
 from metasvc.store import VolumeStore
 from metasvc.store.tables import Batch, Key, Row, Table
 
 RETRY_FIRST_S = 0.05
 RETRY_MAX_S = 1.0
+TELL_EVERY_S = 30.0
+"""A store that does not take a batch is logged at once, and again after so long."""
+
+log = logging.getLogger(__name__)
 
 
 class _OpenBatch:
@@ -126,6 +133,7 @@ class Committer:
         rows_batch = Batch(puts, deletes)
         delay_s = RETRY_FIRST_S
         loop = asyncio.get_running_loop()
+        told_s = -math.inf
         while True:
             self._owner.check()
             began = loop.time()
@@ -133,9 +141,12 @@ class Committer:
                 await self._store.commit(self._owner.ownership, batch.number, rows_batch)
                 self.commit_ns_total += int((loop.time() - began) * 1e9)
                 return
-            except Fenced:
+            except (Fenced, StoreRefused):
                 raise
-            except StoreError:
+            except StoreError as error:
+                if loop.time() >= told_s + TELL_EVERY_S:
+                    told_s = loop.time()
+                    log.warning("a batch was not taken, operations wait until it is: %s", error)
                 if await self._is_applied(batch.number, delay_s):
                     return
             delay_s = min(RETRY_MAX_S, delay_s * 2)

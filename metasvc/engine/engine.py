@@ -18,7 +18,7 @@ import asyncio
 import errno
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -43,6 +43,10 @@ NEXT_SESSION = "next_session"
 MAX_RUNS = 200
 """Times a rule may ask for more rows; each run of a rule asks for at least one that was missing."""
 DEFAULT_MEMORY_BYTES = 64 * 1024 * 1024
+
+
+class Hold:
+    """The right to change something while the changes of all others are held back."""
 
 
 class Engine:
@@ -78,9 +82,12 @@ class Engine:
         self._next_ino = 0
         self._next_slice = 0
         self._renewal: asyncio.Task[None] | None = None
-        self._holds = 0
-        self._changes_allowed = asyncio.Event()
-        self._changes_allowed.set()
+        self._holding = asyncio.Lock()
+        self._held_by: Hold | None = None
+        self._unheld = asyncio.Event()
+        self._unheld.set()
+        self._all_returned = asyncio.Event()
+        self._all_returned.set()
 
     @classmethod
     async def open(
@@ -180,12 +187,14 @@ class Engine:
         *args: Any,
         then: Callable[[Any], None] | None = None,
         record: Callable[[Any], Replies] | None = None,
-        even_if_held: bool = False,
+        hold: Hold | None = None,
+        of_session: bool = False,
     ) -> Any:
         """Run a rule as one operation; its result once durable. See the module's text.
 
         ``then`` runs in the same stretch in which the changes come into force. ``record`` returns a row that becomes durable
-        with the changes, if there are any. ``even_if_held`` is for the one who holds back the changes of all others.
+        with the changes, if there are any. ``hold`` is what who holds back the changes of all others got for that;
+        ``of_session``: it belongs to the return of a session, for which others wait.
         """
         for attempt in range(MAX_RUNS):
             self._check()
@@ -205,8 +214,11 @@ class Engine:
             batch = tx.read_batch
             changes = tx.finish()
             if changes:
-                if not (even_if_held or self._changes_allowed.is_set()):
-                    await self._changes_allowed.wait()
+                if self._held_by is not hold:
+                    await self._unheld.wait()
+                    continue
+                if not (of_session or self._all_returned.is_set()):
+                    await self._all_returned.wait()
                     continue
                 if record is not None:
                     replies = record(result)
@@ -227,17 +239,30 @@ class Engine:
         self._check()
         await self.committer.flush()
 
+    @asynccontextmanager
+    async def changes_held(self) -> AsyncIterator[Hold]:
+        """Let operations that change something wait until the block ends, but for those that bring its hold. Reads go on.
+
+        One block at a time, and none while sessions are awaited.
+        """
+        async with self._holding:
+            await self._all_returned.wait()
+            hold = self._held_by = Hold()
+            self._unheld.clear()
+            try:
+                yield hold
+            finally:
+                self._held_by = None
+                self._unheld.set()
+
     @contextmanager
-    def changes_held(self) -> Iterator[None]:
-        """Let operations that change something wait until the block ends, and those of other such blocks. Reads go on."""
-        self._holds += 1
-        self._changes_allowed.clear()
+    def sessions_awaited(self) -> Iterator[None]:
+        """Let operations that change something wait until the block ends, but for what belongs to sessions that return."""
+        self._all_returned.clear()
         try:
             yield
         finally:
-            self._holds -= 1
-            if not self._holds:
-                self._changes_allowed.set()
+            self._all_returned.set()
 
     # -- what rules ask (tx.Surroundings) --------------------------------------------------------------
 
@@ -272,7 +297,7 @@ class Engine:
             tx.put(SESSION, Session(session_id, host, pid, mountpoint, tx.now_ns, secret))
             return session_id
 
-        session_id: SessionId = await self.run(begin, even_if_held=True)
+        session_id: SessionId = await self.run(begin, of_session=True)
         self._slice_ranges[session_id] = []
         return session_id
 
@@ -293,17 +318,22 @@ class Engine:
 
         await self.run(end)
 
-    async def resume_session(self, session_id: SessionId, opens: Mapping[Ino, int]) -> None:
+    async def resume_session(
+        self, session_id: SessionId, opens: Mapping[Ino, int], promised: Mapping[Ino, int] | None = None
+    ) -> None:
         """Go on with a session whose client says how often it has which inodes open: that is true, whatever was believed.
 
-        Call while no operation of the session runs. What it sustained and has not open any more is let go.
+        ``promised``: up to where it may grow them without asking, by an earlier owner's word. Call while no operation of the
+        session runs. What it sustained and has not open any more is let go.
         """
         believed = {ino for ino, holders in self._opens.items() if session_id in holders}
         sustained = {ino for holder, ino in self._sustained if holder == session_id}
         for ino, count in opens.items():
             self._opens.setdefault(ino, {})[session_id] = count
         for ino in opens:
-            await self.run(self._sustain_rule, session_id, ino, even_if_held=True)
+            await self.run(self._sustain_rule, session_id, ino, of_session=True)
+        for ino, end in (promised or {}).items():
+            await self.run(self.reservations.restore, ino, end)
         await self._let_go(session_id, sorted((believed | sustained) - opens.keys()))
 
     async def _let_go(self, session_id: SessionId, inos: Sequence[Ino]) -> None:
@@ -315,7 +345,7 @@ class Engine:
                 self.reservations.release(ino)
         for ino in inos:
             if (session_id, ino) in self._sustained:
-                await self.run(self._release_rule, session_id, ino, even_if_held=True)
+                await self.run(self._release_rule, session_id, ino, of_session=True)
 
     def _sustain_rule(self, tx: Tx, session_id: SessionId, ino: Ino) -> None:
         inode: Inode | None = tx.get(INODE, ino)

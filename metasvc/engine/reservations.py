@@ -2,7 +2,7 @@
 
 Owns, for each file that somebody writes to, the end up to which it was promised to grow, and the sums per
 quota (key 0: the volume). It is not durable: what is promised is lost with the session that had it, and
-what was written without room left is refused at commit.
+what was written without room left is refused at commit. Sessions that outlive the owner say what it had promised.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from metasvc.engine import accounts
 from metasvc.engine.accounts import USED_BYTES, VOLUME_RESERVATION
 from metasvc.engine.content import regular
 from metasvc.engine.tx import Tx, refuse
-from metasvc.model import SPACE_UNIT_BYTES, Ino, space_of
+from metasvc.model import SPACE_UNIT_BYTES, Ino, Inode, space_of
+from metasvc.store.tables import INODE
 
 AHEAD_BYTES = 64 * 1024 * 1024
 """Promised beyond what was asked where there is plenty, so that a sequential writer asks seldom."""
@@ -69,6 +70,24 @@ class Reservations:
         promise.end_bytes = min(have + more + ahead, space_of(MAX_FILE_BYTES))
         self._hold(promise, promise.end_bytes - inode.space_bytes)
         return promise.end_bytes
+
+    def restore(self, tx: Tx, ino: Ino, end: int) -> None:
+        """Promise again what an earlier owner promised, as far as there is room: it was kept free. A rule as reserve()."""
+        inode: Inode | None = tx.get(INODE, ino)
+        limited = bool(tx.around.format.capacity_bytes) or tx.quotas_exist()
+        if inode is None or not inode.is_file or not limited:
+            return
+        promise = self._files.get(ino)
+        have = max(inode.space_bytes, promise.end_bytes if promise else 0)
+        if space_of(end) <= have or end >= MAX_FILE_BYTES:
+            # The second: it was promised when there was no limit.
+            return
+        names, left = self._limits(tx, ino)
+        room = max(0, left) // max(names.values()) // SPACE_UNIT_BYTES * SPACE_UNIT_BYTES
+        if promise is None:
+            promise = self._files[ino] = _Promise(have, names)
+        promise.end_bytes = min(space_of(end), have + room)
+        self._hold(promise, promise.end_bytes - inode.space_bytes)
 
     def _limits(self, tx: Tx, ino: Ino) -> tuple[dict[Ino, int], int]:
         """Return how often growth counts for each limit, and the least that is left of any."""

@@ -140,7 +140,8 @@ class Connection:
             raise Misbehaved(
                 f"the client speaks protocol {hello.protocol}, this service {OLDEST_PROTOCOL} to {PROTOCOL}: upgrade {upgrade}"
             )
-        if len(hello.open_inos) != len(hello.open_counts) or len(hello.open_inos) > MAX_OPENS:
+        count = len(hello.open_inos)
+        if len(hello.open_counts) != count or len(hello.open_ends) not in (0, count) or count > MAX_OPENS:
             raise Misbehaved("Hello lists open files in columns of different lengths, or too many")
         return message
 
@@ -156,7 +157,8 @@ class Connection:
                 if volume.sessions.get(session.session_id) is not session:
                     raise SessionEnded(f"session {session.session_id} has ended")
                 opens = dict(zip(map(Ino, hello.open_inos), hello.open_counts, strict=True))
-                await volume.resume(session, opens, confirmed=confirmed)
+                promised = {Ino(ino): end for ino, end in zip(hello.open_inos, hello.open_ends, strict=False) if end}
+                await volume.resume(session, opens, promised, confirmed=confirmed)
                 session.outlet = self
                 if volume.engine.failure is not None:
                     raise volume.engine.failure

@@ -31,8 +31,11 @@ from metasvc.server.replies import ReplyLog, framed
 
 MAX_OUTSTANDING: Final = 256
 """Most requests of a session at a time."""
-WINDOW: Final = 4096
+WINDOW: Final = 1024
 """Numbers above the lowest that is not confirmed by which requests may run ahead: it bounds the replies that are kept."""
+
+MAX_REPLY_BYTES: Final = 60 * 1024 * 1024
+"""Clients take messages of 64 MiB. Only the map of a file with thousands of small slices could be larger."""
 
 log = logging.getLogger(__name__)
 
@@ -79,15 +82,15 @@ class ServedSession(EngineSession):
         if self._running:
             await asyncio.wait(list(self._running.values()))
 
-    async def resume(self, opens: Mapping[Ino, int], *, confirmed: int) -> None:
-        """Go on with what the client has open. Call when it is quiet.
+    async def resume(self, opens: Mapping[Ino, int], promised: Mapping[Ino, int], *, confirmed: int) -> None:
+        """Go on with what the client has open, and may grow to so many bytes. Call when it is quiet.
 
         To that belongs what was opened by a create whose reply got lost: the client is about to ask for it again.
         """
         self._replies.confirm(confirmed)
         counts = Counter(opens)
         counts.update(self._replies.opened())
-        await self._engine.resume_session(self._session_id, counts)
+        await self._engine.resume_session(self._session_id, counts, promised)
 
     def receive(self, message: pb.FromClient) -> None:
         """Take a message: start its requests. Raises Misbehaved, and then has started those before the wrong one."""
@@ -162,6 +165,11 @@ class ServedSession(EngineSession):
         return record
 
     def _send(self, message: bytes) -> None:
+        if len(message) > MAX_REPLY_BYTES:
+            # Sent, it would end the stream, and be asked for again on the next one, for ever.
+            number = pb.FromService.FromString(message).replies[0].number
+            log.error("session %d: a reply of %d bytes is too large to be sent", self._session_id, len(message))
+            message = framed(_failed(number, AtollError("the answer is too large; files are compacted in the background")))
         if self.outlet is not None:
             self.outlet.send(message)
 

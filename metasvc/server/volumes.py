@@ -116,7 +116,7 @@ class Volume:
         log.info(
             "volume %s: changes wait up to %.0f s for %d sessions to return", self.name, return_s, len(self._absent)
         )
-        with self.engine.changes_held(), suppress(TimeoutError):
+        with self.engine.sessions_awaited(), suppress(TimeoutError):
             async with asyncio.timeout(return_s):
                 await self._all_returned.wait()
         if self._absent:
@@ -153,10 +153,12 @@ class Volume:
         session.heard_s = time.monotonic()
         return session
 
-    async def resume(self, session: ServedSession, opens: Mapping[Ino, int], *, confirmed: int) -> None:
+    async def resume(
+        self, session: ServedSession, opens: Mapping[Ino, int], promised: Mapping[Ino, int], *, confirmed: int
+    ) -> None:
         """Go on with a session on a new connection. Call with `attaching` held and nothing of it under way."""
         session.heard_s = time.monotonic()
-        await session.resume(opens, confirmed=confirmed)
+        await session.resume(opens, promised, confirmed=confirmed)
         self._returned(session.session_id)
 
     async def end(self, session: ServedSession) -> None:

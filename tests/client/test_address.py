@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from client.address import (
     AddressInvalid,
     EmbeddedAddress,
+    ServiceAddress,
+    VolumePath,
     components,
     normalize,
     parse_address,
@@ -70,7 +72,12 @@ def test_an_address_is_absolute_and_free_of_symbolic_links(tmp_path: Path, monke
         "",
         "a\0b",
         "x" * 5000,
-        "atoll://127.0.0.1:7000/tenant/volume",
+        "atoll://127.0.0.1/tenant/volume",
+        "atoll://127.0.0.1:0/tenant/volume",
+        "atoll://127.0.0.1:70000/tenant/volume",
+        "atoll://127.0.0.1:7000/tenant",
+        "atoll://127.0.0.1:7000//volume",
+        "atoll://127.0.0.1:7000/tenant/volume/more",
         "s3://bucket/prefix",
         "sqlite:///vol/meta.db",
     ],
@@ -80,6 +87,14 @@ def test_what_is_no_address_is_refused_in_one_line_with_the_remedy(text: str) ->
         parse_address(text)
     assert "\n" not in str(refused.value)
     assert "give" in str(refused.value)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "meta-0.example.org"])
+def test_the_address_of_a_service_is_read_and_shown(host: str) -> None:
+    text = f"atoll://{host}:7000/a-team/set_1.v2"
+    assert parse_address(text) == ServiceAddress(host, 7000, "a-team", "set_1.v2")
+    assert str(parse_address(text)) == text
+    assert parse_volume_path(f"{text}:/a/../b") == VolumePath(parse_address(text), b"/b")
 
 
 @given(names=st.lists(NAMES, max_size=8))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from metasvc.errors import StoreError
+from metasvc.errors import StoreError, StoreRefused
 
 __all__ = ["BUSY_TIMEOUT_S", "FOREIGN", "no_database", "translate", "translated"]
 
@@ -36,21 +36,36 @@ _BY_PRIMARY_CODE: Final[dict[int, str]] = {
     sqlite3.SQLITE_MISMATCH: "a row does not fit the schema of {path}: this is a bug, please report it",
     sqlite3.SQLITE_TOOBIG: "a row is too big for {path}: this is a bug, please report it",
 }
+_FOR_GOOD: Final = frozenset(
+    {
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_NOTADB,
+        sqlite3.SQLITE_CONSTRAINT,
+        sqlite3.SQLITE_MISMATCH,
+        sqlite3.SQLITE_TOOBIG,
+    }
+)
+"""What a second try would meet again. A full or failing disk is not among them: it may be mended."""
 _OTHER: Final = "{path} could not be used: see the cause, and report it if it is not yours"
 
 
 def translate(error: Exception, path: str) -> StoreError:
-    """Return the StoreError for one of FOREIGN; raise it ``from`` the error."""
+    """Return the StoreError for one of FOREIGN, StoreRefused where to try again is no use; raise it ``from`` the error."""
     if isinstance(error, OSError):
         return StoreError(f"{error.filename or path} could not be used: {error.strerror}; check path, owner and mode")
+    kind = StoreError
     if isinstance(error, OverflowError | UnicodeError):
+        kind = StoreRefused
         text = "a row does not fit the schema of {path}: this is a bug, please report it"
     else:
         # Absent for errors that the driver raises by itself. The low byte is the primary code, the rest details it.
         code = getattr(error, "sqlite_errorcode", None)
-        text = _OTHER if code is None else _BY_PRIMARY_CODE.get(code & 0xFF, _OTHER)
+        primary = None if code is None else code & 0xFF
+        text = _OTHER if primary is None else _BY_PRIMARY_CODE.get(primary, _OTHER)
+        if primary in _FOR_GOOD:
+            kind = StoreRefused
     detail = getattr(error, "sqlite_errorname", type(error).__name__)
-    return StoreError(f"{text.format(path=path, busy=BUSY_TIMEOUT_S)} ({detail}: {error})")
+    return kind(f"{text.format(path=path, busy=BUSY_TIMEOUT_S)} ({detail}: {error})")
 
 
 @contextmanager

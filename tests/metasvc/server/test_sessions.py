@@ -18,7 +18,7 @@ from client.meta.connection import SessionConnection
 from metasvc.api import atoll_pb2 as pb
 from metasvc.engine import first_rows
 from metasvc.errors import FsError
-from metasvc.model import ROOT_INO, Caller, Ino, RenameFlags
+from metasvc.model import ROOT_INO, Caller, Commit, Ino, RenameFlags, SliceKind, SliceRef, WrittenSlice
 from metasvc.server.session import MAX_OUTSTANDING
 from metasvc.store import Store
 from metasvc.store.memory import MemoryStore
@@ -248,6 +248,89 @@ async def test_an_open_whose_caller_has_gone_is_released() -> None:
                 except FsError:
                     break
         assert not client.connection._opens
+
+
+async def test_an_open_whose_caller_was_cancelled_while_the_reply_lay_there_is_released() -> None:
+    async with stored("memory", Path()) as store, served(store) as service, connected(service) as client:
+        ino = (await client.meta.mknod(ROOT, ROOT_INO, b"file", mode=0o100644)).ino
+        receive = client.connection._receive
+
+        def received(reply: pb.Reply) -> None:
+            receive(reply)
+            # The caller has its answer and has not woken yet.
+            if reply.opens:
+                opening.cancel()
+
+        client.connection._receive = received  # type: ignore[method-assign]
+        opening = asyncio.create_task(client.meta.open(ino))
+        await asyncio.gather(opening, return_exceptions=True)
+        assert opening.cancelled()
+        async with asyncio.timeout(20):
+            while client.connection._opens:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await client.meta.unlink(ROOT, ROOT_INO, b"file")
+        with pytest.raises(FsError):
+            await client.meta.getattr(ino)
+
+
+async def test_room_that_was_promised_is_kept_over_a_restart(tmp_path: Path) -> None:
+    room = 64 * 1024 * 1024
+    async with (
+        stored("sqlite", tmp_path) as store,
+        served(store) as service,
+        connected(service) as writer,
+        connected(service) as other,
+    ):
+        await writer.admin.configure(capacity_bytes=room, max_inodes=None, trash_days=None)
+        made = await writer.meta.create(ROOT, ROOT_INO, b"file", mode=0o600, exclusive=True)
+        promised = await writer.meta.reserve(made.inode.ino, end=60 * 1024 * 1024)
+        greedy = await other.meta.create(ROOT, ROOT_INO, b"greedy", mode=0o600, exclusive=True)
+        for _ in range(2):
+            with pytest.raises(FsError) as refusal:
+                await other.meta.reserve(greedy.inode.ino, end=8 * 1024 * 1024)
+            assert refusal.value.errno == errno.ENOSPC
+            await service.stop()
+            await service.start()
+        ids = await writer.meta.allocate_slices(1)
+        written = WrittenSlice(
+            SliceId(ids[0]), promised, SliceKind.BLOCKS, bytes(16 * -(-promised // writer.meta.format.block_bytes)),
+            (SliceRef(0, SliceId(ids[0]), 0, promised),),
+        )  # fmt: skip
+        change = Commit(slices=(written,), end=promised, size_epoch=made.inode.size_epoch, mtime_ns=1)
+        assert (await writer.meta.commit(ROOT, made.inode.ino, change)).size_bytes == promised
+        # And who asks for more than there is gets no more than there is.
+        hello = writer.connection._promised
+        hello[made.inode.ino] = 1 << 40
+        await service.stop()
+        await service.start()
+        with pytest.raises(FsError):
+            await writer.meta.reserve(made.inode.ino, end=room + 1)
+        await writer.meta.release(made.inode.ino)
+        await other.meta.release(greedy.inode.ino)
+
+
+async def test_fsck_and_a_session_that_returns_wait_for_each_other(tmp_path: Path) -> None:
+    async with (
+        stored("sqlite", tmp_path) as store,
+        served(store, return_s=20.0) as service,
+        connected(service) as client,
+        connected(service) as other,
+    ):
+        made = await client.meta.create(ROOT, ROOT_INO, b"file", mode=0o600, exclusive=True)
+        await other.meta.unlink(ROOT, ROOT_INO, b"file")
+        volume = await service.volume()
+        async with volume.engine.changes_held() as hold:
+            # Its release is a change, which waits; reading goes on.
+            release = asyncio.create_task(client.meta.release(made.inode.ino))
+            assert (await other.meta.getattr(made.inode.ino)).nlink == 0
+            await volume.engine.run(lambda tx: tx.count("fsck", 1), hold=hold)
+            another = asyncio.create_task(anext(aiter(volume.admin.check(repair=True)), None))
+            await asyncio.sleep(0.1)
+            assert not release.done()
+        await release
+        assert await another is None
+        with pytest.raises(FsError):
+            await other.meta.getattr(made.inode.ino)
 
 
 async def test_a_stored_reply_answers_a_create_that_is_asked_again_and_counts_its_open() -> None:

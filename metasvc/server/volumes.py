@@ -18,7 +18,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final, TypeVar
@@ -41,6 +41,9 @@ _LOOK_S: Final = 1.0
 
 T = TypeVar("T")
 
+Work = Callable[["Volume"], Coroutine[None, None, None]]
+"""What is to be done for a volume while it is open."""
+
 log = logging.getLogger(__name__)
 
 
@@ -62,6 +65,8 @@ class Volume:
         self.sessions: dict[SessionId, ServedSession] = {}
         self.expiry_s = expiry_s
         self.expired_total = 0
+        self.counters: Callable[[], dict[str, int]] = dict
+        """What the jobs of the volume did."""
         self._store = store
         self._absent: set[SessionId] = set()
         self._all_returned = asyncio.Event()
@@ -78,8 +83,9 @@ class Volume:
         expiry_s: float,
         return_s: float,
         objects_url: str = "",
+        work: Work | None = None,
     ) -> Volume:
-        """Own a volume. NotOwner while another process does."""
+        """Own a volume, and do its work. NotOwner while another process owns it."""
         engine = await Engine.open(store, address=address, memory_bytes=memory_bytes, keep_sessions=True)
         volume = cls(store, engine, expiry_s=expiry_s, objects_url=objects_url)
         try:
@@ -90,6 +96,8 @@ class Volume:
         if volume._absent:
             volume._start(volume._wait_for_return(return_s), name="return of sessions")
         volume._start(volume._expire(), name="expiry of sessions")
+        if work is not None:
+            volume._start(work(volume), name="jobs")
         return volume
 
     @property
@@ -230,9 +238,14 @@ class Volumes:
         expiry_s: float = EXPIRY_S,
         return_s: float = RETURN_S,
         objects_url: str = "",
+        work: Work | None = None,
     ) -> None:
-        """``address`` is what other processes are told of the owner; ``objects_url`` where the default bucket lies."""
+        """``address`` is what other processes are told of the owner; ``objects_url`` where the default bucket lies.
+
+        ``work`` is done for each volume while it is open.
+        """
         self._objects_url = objects_url
+        self._work = work
         self.store = store
         self.expiry_s = expiry_s
         self._return_s = return_s
@@ -265,6 +278,7 @@ class Volumes:
                     expiry_s=self.expiry_s,
                     return_s=self._return_s,
                     objects_url=self._objects_url,
+                    work=self._work,
                 )
             except BaseException:
                 await store.close()
@@ -275,6 +289,14 @@ class Volumes:
             watch.add_done_callback(self._watches.discard)
             log.info("volume %s is open, epoch %d", volume.name, volume.engine.owner.ownership.epoch)
             return volume
+
+    async def open_all(self) -> None:
+        """Open every volume of the store, one after the other, so that its work is done although no client comes."""
+        for form in await self.store.list_volumes():
+            try:
+                await self.get(form.tenant, form.name)
+            except AtollError as error:
+                log.warning("volume %s/%s cannot be opened: %s", form.tenant, form.name, error)
 
     async def _watch(self, key: tuple[str, str], volume: Volume) -> None:
         await volume.engine.failed.wait()

@@ -50,7 +50,8 @@ class ServiceProcess:
         """Start it; it takes connections when this returns."""
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [ATOLL, "serve", "--store", self.store, "--listen", f"{HOST}:{self.port}"],
+                [ATOLL, "serve", "--store", self.store, "--listen", f"{HOST}:{self.port}"]
+                + ["--cache-dir", f"{self.directory}/serve-cache"],
                 env={**os.environ, **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

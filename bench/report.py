@@ -203,6 +203,7 @@ def text(
     scale: Scale,
     environment: Environment,
     rounds: int,
+    measurements: Sequence[Measurement] = (),
 ) -> str:
     """Write the tables of all pairs, with what they depend on, as Markdown."""
     reading = (
@@ -274,7 +275,7 @@ def write_report(
 ) -> str:
     """Write results.json, results.md and a plot for each pair into a directory; return the text of the tables."""
     rows = summarise(measurements)
-    written = text(rows, failures, systems, scale=scale, environment=environment, rounds=rounds)
+    written = text(rows, failures, systems, scale=scale, environment=environment, rounds=rounds, measurements=measurements)
     output.mkdir(parents=True, exist_ok=True)
     (output / "results.md").write_text(written)
     (output / "results.json").write_text(document(rows, measurements, failures, scale=scale, environment=environment))

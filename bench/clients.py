@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -82,7 +82,7 @@ class Tally:
             left -= counts[bucket]
             if left <= 0:
                 octave, part = divmod(bucket + 1, _BUCKETS_PER_OCTAVE)
-                return 2**octave * (1 + part / _BUCKETS_PER_OCTAVE) / 1e6
+                return float((1 << octave) * (1 + part / _BUCKETS_PER_OCTAVE) / 1e6)
         return 0.0
 
 
@@ -140,12 +140,13 @@ class _Client:
             self._tally.errors.append(f"client {self._number}: {error}")
 
     async def _work(self, end_s: float) -> None:
+        from chunkstore.geometry import SliceId
         from metasvc.errors import FsError
         from metasvc.model import ROOT_INO, Commit, RenameFlags, SliceKind, SliceRef, WrittenSlice
 
         meta, root, rand = self._meta, self._root, self._rand
         own = (await meta.mkdir(root, ROOT_INO, b"client-%d-%d" % (self._number, rand.getrandbits(60)), mode=0o755)).ino
-        ids = iter(())
+        ids: Iterator[SliceId] = iter(())
         kept: list[bytes] = []
         turn = 0
         while time.monotonic() < end_s:
@@ -154,12 +155,14 @@ class _Client:
             opened = await self._timed("create", meta.create(root, own, name, mode=0o644, exclusive=True))
             slice_id = next(ids, None)
             if slice_id is None:
-                ids = iter(await meta.allocate_slices(1024))
+                ids = map(SliceId, await meta.allocate_slices(1024))
                 slice_id = next(ids)
             data = rand.randbytes(INLINE_BYTES)
             ref = SliceRef(0, slice_id, 0, len(data))
             written = WrittenSlice(slice_id, len(data), SliceKind.INLINE, data, (ref,))
-            change = Commit(slices=(written,), end=len(data), size_epoch=opened.inode.size_epoch, mtime_ns=time.time_ns())
+            change = Commit(
+                slices=(written,), end=len(data), size_epoch=opened.inode.size_epoch, mtime_ns=time.time_ns()
+            )
             ino = opened.inode.ino
             await self._timed("commit", meta.commit(root, ino, change))
             await self._timed("release", meta.release(ino))
@@ -276,7 +279,9 @@ def run_step_of(service: MetadataService, volume: str, *, clients: int, seconds:
 
 
 def _table(steps: Sequence[Step]) -> str:
-    head = "| clients | ops/s | p50 ms | p99 ms | lookup p50 ms | slowest / mean | messages / op | errors | service MiB |"
+    head = (
+        "| clients | ops/s | p50 ms | p99 ms | lookup p50 ms | slowest / mean | messages / op | errors | service MiB |"
+    )
     lines = [head, "|" + " ---: |" * 9]
     lines += [
         f"| {s.clients} | {s.per_second:,.0f} | {s.p50_ms:.2f} | {s.p99_ms:.2f} | {s.lookup_p50_ms:.2f} | "
@@ -308,15 +313,26 @@ def _plot(steps: Sequence[Step], path: Path) -> None:
 
 
 @click.command(help=__doc__.splitlines()[0])
-@click.option("--clients", default="1,2,4,8,16,32,64", show_default=True, help="Numbers of clients, one after the other.")
+@click.option(
+    "--clients", default="1,2,4,8,16,32,64", show_default=True, help="Numbers of clients, one after the other."
+)
 @click.option("--seconds", type=click.FloatRange(1, 3600), default=20.0, show_default=True, help="For each number.")
-@click.option("--last-seconds", type=click.FloatRange(1, 3600), default=600.0, show_default=True, help="For the last one.")
+@click.option(
+    "--last-seconds", type=click.FloatRange(1, 3600), default=600.0, show_default=True, help="For the last one."
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Directory of results.")
 @click.option("--scratch", type=click.Path(exists=True, file_okay=False, path_type=Path), default="/var/tmp")
 @click.option("--seed", type=int, default=20_240_229, show_default=True)
 @click.option("--worker", hidden=True)
 def main(
-    *, clients: str, seconds: float, last_seconds: float, output: Path | None, scratch: Path, seed: int, worker: str | None
+    *,
+    clients: str,
+    seconds: float,
+    last_seconds: float,
+    output: Path | None,
+    scratch: Path,
+    seed: int,
+    worker: str | None,
 ) -> None:
     """Run the steps and write the report."""
     if worker is not None:

@@ -68,7 +68,14 @@ SESSIONS: Final = (
         Purpose.WRITE,
         (
             Work("tree-build", "build_tree", "source tree: mkdir, write, chmod, rename", goal=3.0, service_goal=2.0),
-            Work("tree-remove", "remove_tree", "rm -r of the source tree", goal=3.0, service_goal=2.0, needs=("build_tree",)),
+            Work(
+                "tree-remove",
+                "remove_tree",
+                "rm -r of the source tree",
+                goal=3.0,
+                service_goal=2.0,
+                needs=("build_tree",),
+            ),
         ),
     ),
     Session(
@@ -92,8 +99,17 @@ SESSIONS: Final = (
     Session(
         Purpose.READ,
         (
-            Work("read-4k-cold", "read_4k", "read 4 KiB files, nothing cached", goal=5.0, service_goal=4.0, needs=_SMALL),
-            Work("read-64k-cold", "read_64k", "read 64 KiB files, nothing cached", goal=5.0, service_goal=4.0, needs=_SMALL),
+            Work(
+                "read-4k-cold", "read_4k", "read 4 KiB files, nothing cached", goal=5.0, service_goal=4.0, needs=_SMALL
+            ),
+            Work(
+                "read-64k-cold",
+                "read_64k",
+                "read 64 KiB files, nothing cached",
+                goal=5.0,
+                service_goal=4.0,
+                needs=_SMALL,
+            ),
         ),
     ),
     Session(

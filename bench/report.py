@@ -275,7 +275,9 @@ def write_report(
 ) -> str:
     """Write results.json, results.md and a plot for each pair into a directory; return the text of the tables."""
     rows = summarise(measurements)
-    written = text(rows, failures, systems, scale=scale, environment=environment, rounds=rounds, measurements=measurements)
+    written = text(
+        rows, failures, systems, scale=scale, environment=environment, rounds=rounds, measurements=measurements
+    )
     output.mkdir(parents=True, exist_ok=True)
     (output / "results.md").write_text(written)
     (output / "results.json").write_text(document(rows, measurements, failures, scale=scale, environment=environment))

@@ -280,12 +280,9 @@ class AtollFS:
 
     @property
     def _environment(self) -> dict[str, str]:
-        match self.place.bucket:
-            case S3Bucket(_, _, access_key, secret_key):
-                keys = keys_environment(access_key, secret_key)
-            case DirectoryBucket(_):
-                keys = {}
-        return keys | ({"ATOLL_TOKEN": self.place.service.token} if self.place.service is not None else {})
+        bucket, service = self.place.bucket, self.place.service
+        keys = keys_environment(bucket.access_key, bucket.secret_key) if isinstance(bucket, S3Bucket) else {}
+        return keys | ({"ATOLL_TOKEN": service.token} if service is not None else {})
 
     def _run(self, *arguments: str) -> str:
         return run_step(

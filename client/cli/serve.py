@@ -85,9 +85,7 @@ async def _serve(store_url: str, listen: str, *, cache_dir: Path | None, log: An
     try:
         tokens = await Tokens.load(store)
         jobs = ServedJobs(cache_dir=cache_dir or default_cache_dir(os.environ) / "serve", env=os.environ, log=log)
-        volumes = Volumes(
-            store, address=f"the service at {listen}", objects_url=_objects_url(store_url), work=jobs.run
-        )
+        volumes = Volumes(store, address=f"the service at {listen}", objects_url=_objects_url(store_url), work=jobs.run)
         service = Service(volumes, tokens)
         port = await service.start(listen)
         opening = asyncio.create_task(volumes.open_all(), name="opening of all volumes")

@@ -264,6 +264,10 @@ class Engine:
         finally:
             self._all_returned.set()
 
+    async def sessions_returned(self) -> None:
+        """Wait until nobody waits for sessions any more."""
+        await self._all_returned.wait()
+
     # -- what rules ask (tx.Surroundings) --------------------------------------------------------------
 
     def new_ino(self, tx: Tx) -> Ino:

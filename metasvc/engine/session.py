@@ -211,6 +211,8 @@ class EngineSession:
         return await self._engine.allocate_slices(self._session_id, count)
 
     async def reserve(self, ino: Ino, *, end: int) -> int:
+        # It changes no row, so it would not wait: and give away what sessions were promised that have not returned yet.
+        await self._engine.sessions_returned()
         granted: int = await self._run(self._engine.reservations.reserve, ino, end)
         return granted
 

@@ -39,9 +39,7 @@ class Collected:
     objects: int = 0
 
 
-async def expire_trash(
-    admin: MetaAdmin, *, trash_days: float, progress: Callable[[int], None] = lambda _: None
-) -> int:
+async def expire_trash(admin: MetaAdmin, *, trash_days: float, progress: Callable[[int], None] = lambda _: None) -> int:
     """Remove for good what lies in the trash for longer than ``trash_days``; how many entries."""
     before_ns = time.time_ns() - int(trash_days * 86400e9)
     removed = 0

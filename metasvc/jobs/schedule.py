@@ -78,7 +78,7 @@ class Jobs:
 
     def counters(self) -> dict[str, int]:
         """Return what was done, as numbers with names."""
-        found = {}
+        found: dict[str, int] = {}
         for name, state in self.states.items():
             found |= {
                 f"job_{name}_runs_total": state.runs,

@@ -38,9 +38,7 @@ MOUNTPOINT: Final = "(jobs)"
 class ServedJobs:
     """Run the jobs of the volumes of a service."""
 
-    def __init__(
-        self, *, cache_dir: Path, env: Mapping[str, str], log: Any, rates: JobRates | None = None
-    ) -> None:
+    def __init__(self, *, cache_dir: Path, env: Mapping[str, str], log: Any, rates: JobRates | None = None) -> None:
         """``cache_dir`` is for this process only; a directory per volume is made in it when one is needed."""
         self._cache_dir = cache_dir
         self._env = env

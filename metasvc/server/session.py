@@ -169,7 +169,9 @@ class ServedSession(EngineSession):
             # Sent, it would end the stream, and be asked for again on the next one, for ever.
             number = pb.FromService.FromString(message).replies[0].number
             log.error("session %d: a reply of %d bytes is too large to be sent", self._session_id, len(message))
-            message = framed(_failed(number, AtollError("the answer is too large; files are compacted in the background")))
+            message = framed(
+                _failed(number, AtollError("the answer is too large; files are compacted in the background"))
+            )
         if self.outlet is not None:
             self.outlet.send(message)
 

@@ -62,9 +62,7 @@ def jobs_of(volume: Opened, log: Log, rates: JobRates | None = None) -> Jobs:
         yield volume.meta, volume.chunks
 
     inner = volume.volume
-    return Jobs(
-        inner.admin, lambda: inner.format, partial(delete_slices, inner), writing, log, rates or JobRates()
-    )
+    return Jobs(inner.admin, lambda: inner.format, partial(delete_slices, inner), writing, log, rates or JobRates())
 
 
 def on(directory: Path, test: Callable[[Opened], Awaitable[None]], **options: Any) -> None:

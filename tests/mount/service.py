@@ -48,10 +48,10 @@ class ServiceProcess:
 
     def start(self) -> None:
         """Start it; it takes connections when this returns."""
+        cache = ("--cache-dir", f"{self.directory}/serve-cache")
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [ATOLL, "serve", "--store", self.store, "--listen", f"{HOST}:{self.port}"]
-                + ["--cache-dir", f"{self.directory}/serve-cache"],
+                [ATOLL, "serve", "--store", self.store, "--listen", f"{HOST}:{self.port}", *cache],
                 env={**os.environ, **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -1,4 +1,4 @@
-"""A vfs whose session the service has ended: what was written is lost, whoever wrote it hears of that once, the rest goes on."""
+"""A vfs whose session the service has ended: what was written is lost, who wrote it hears of that once, the rest goes on."""
 
 from __future__ import annotations
 
@@ -146,5 +146,6 @@ async def test_a_commit_whose_answer_was_lost_with_the_session_keeps_its_objects
         with pytest.raises(FsError):
             await flushing
         # It was there all the time, and nobody took its objects away.
+        assert sum(1 for path in mount.objects.rglob("*") if path.is_file()) == 4
         assert bytes(await vfs.read(handle.fh, 0, 1 << 20)) == data
         await vfs.release(handle.fh)

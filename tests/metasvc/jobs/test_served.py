@@ -161,9 +161,7 @@ async def test_chunks_are_compacted_under_readers_that_hold_the_map_of_before(tm
         assert [session.mountpoint for session in volume.engine.sessions()] == ["/test", "/test"]
 
 
-async def test_jobs_without_a_bucket_say_so_and_clients_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_jobs_without_a_bucket_say_so_and_clients_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("metasvc.jobs.schedule.FAILURE_REST_S", 0.1)
     place = Place(tmp_path)
     async with place.served(trash_days=0.0) as service, place.mounted(service, "one") as vfs:

@@ -83,6 +83,8 @@ class MountRequest:
     """Empty if the log goes to stderr."""
     access: Access | None = None
     """For a volume of a service."""
+    metrics: str | None = None
+    """HOST:PORT at which the metrics are asked for, if anywhere."""
 
 
 class Mount:
@@ -193,6 +195,10 @@ class MountProcess:
             control = await stack.enter_async_context(
                 ControlServer(directory, self._answer, unexpected=self._unexpected)
             )
+            if request.metrics is not None:
+                from client.metrics_server import metrics_server
+
+                stack.enter_context(metrics_server(request.metrics, partial(stats_text, volume)))
             await settle_staged(volume.admin, chunks, lengths, staged, log=self._log)
             async with vfs:
                 await self._serve(vfs, self._jobs(volume, meta, chunks))

@@ -76,17 +76,6 @@ class Jobs:
             ):
                 tasks.create_task(self._repeat(name, work, rest_s), name=f"job {name}")
 
-    def counters(self) -> dict[str, int]:
-        """Return what was done, as numbers with names."""
-        found: dict[str, int] = {}
-        for name, state in self.states.items():
-            found |= {
-                f"job_{name}_runs_total": state.runs,
-                f"job_{name}_failures_total": state.failures,
-                f"job_{name}_done_total": state.done,
-            }
-        return found
-
     async def _repeat(self, name: str, work: Callable[[], Awaitable[int]], rest_s: float) -> None:
         state = self.states[name] = JobState()
         while True:

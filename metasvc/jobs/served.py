@@ -78,7 +78,7 @@ class ServedJobs:
 
         log = self._log.bind(volume=volume.name)
         jobs = Jobs(volume.admin, lambda: volume.format, delete, writing, log, self._rates)
-        volume.counters = jobs.counters
+        volume.jobs = lambda: jobs.states
         try:
             await jobs.run()
         finally:

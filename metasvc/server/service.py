@@ -129,7 +129,7 @@ class Service:
         volume = await self._volume(context)
         reply = await administer(volume.admin, request)
         if reply.HasField("status"):
-            reply.status.counters.update(volume.counters())
+            reply.status.counters.update(volume.job_counters())
         return reply
 
     async def _check(self, data: bytes, context: Context) -> AsyncIterator[bytes]:

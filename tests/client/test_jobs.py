@@ -242,7 +242,7 @@ def test_a_job_that_fails_is_logged_and_tried_again(directory: Path, monkeypatch
             ("warning", "a job failed and is tried again"),
             ("exception", "a job failed unexpectedly and is tried again"),
         ]
-        assert jobs.counters()["job_garbage_failures_total"] == 2
+        assert jobs.states["garbage"].failures == 2
 
     on(directory, test)
 

@@ -170,7 +170,7 @@ async def test_jobs_without_a_bucket_say_so_and_clients_go_on(tmp_path: Path, mo
         await vfs.unlink(ROOT, ROOT_INO, b"gone")
         volume = await service.volume()
         async with asyncio.timeout(60):
-            while not volume.counters()["job_garbage_failures_total"]:  # noqa: ASYNC110
+            while not volume.jobs()["garbage"].failures:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         await vfs.mkdir(ROOT, ROOT_INO, b"works", mode=0o755)
         (tmp_path / "away").rename(place.bucket)

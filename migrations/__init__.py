@@ -18,7 +18,9 @@ from typing import Final
 
 __all__ = ["Migration", "apply", "load_migrations"]
 
-_ADD_COLUMN: Final = re.compile(r"^(ALTER TABLE (\w+) ADD COLUMN )IF NOT EXISTS ((\w+) .*)", flags=re.MULTILINE | re.DOTALL)
+_ADD_COLUMN: Final = re.compile(
+    r"^(ALTER TABLE (\w+) ADD COLUMN )IF NOT EXISTS ((\w+) .*)", flags=re.MULTILINE | re.DOTALL
+)
 _FILE_NAME: Final = re.compile(r"([0-9]{4})_[a-z0-9_]+\.sql")
 
 

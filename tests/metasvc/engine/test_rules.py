@@ -209,8 +209,12 @@ async def test_a_directory_quota_counts_its_tree_and_refuses_with_edquot() -> No
         ino = await touch(volume, b"f", parent=below, content=b"x" * 10_000)
         quota = await admin.quota_set(top, max_bytes=20_000, max_inodes=3)
         assert (quota.used_bytes, quota.used_inodes) == (12_288, 2)
+        with refused(E.EBADF):
+            await meta.reserve(ino, end=5)
+        await meta.open(ino)
         with refused(E.EDQUOT):
             await meta.reserve(ino, end=30_000)
+        await meta.release(ino)
         await touch(volume, b"g", parent=below)
         with refused(E.EDQUOT):
             await mkdir(volume, b"h", parent=top)

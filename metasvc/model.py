@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 import stat
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, NewType
 
@@ -238,6 +239,38 @@ class Garbage(NamedTuple):
     slice_id: SliceId
     length: int
     not_before_ns: int
+
+
+class Packable(NamedTuple):
+    """An inline slice that may be gathered into a pack, with the chunk that named it first: a hint, it may name it no more."""
+
+    slice_id: SliceId
+    ino: Ino
+    chunk_index: int
+    written_ns: int
+
+
+class Pack(NamedTuple):
+    """A slice that was gathered from small ones, and whom to ask for what is left of it."""
+
+    slice_id: SliceId
+    refs: int
+    """How many refs it was made for; its Slice says how many there are now."""
+    members: bytes
+    """The chunks that they were in: pack_members()."""
+
+
+_MEMBER = struct.Struct("<QI")
+
+
+def pack_members(members: Iterable[tuple[Ino, int]]) -> bytes:
+    """Return (inode, chunk index) pairs as they are stored: 12 bytes each, little-endian."""
+    return b"".join(_MEMBER.pack(ino, index) for ino, index in members)
+
+
+def unpack_members(packed: bytes) -> list[tuple[Ino, int]]:
+    """Return what was stored by pack_members()."""
+    return [(Ino(ino), index) for ino, index in _MEMBER.iter_unpack(packed)]
 
 
 class Quota(NamedTuple):

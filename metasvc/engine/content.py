@@ -8,7 +8,7 @@ its slice, and the refs of a file end at or before its length.
 from __future__ import annotations
 
 import errno as E
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from chunkstore.geometry import CHUNK_BYTES, MAX_FILE_BYTES, SliceId
@@ -24,6 +24,7 @@ from metasvc.model import (
     Ino,
     Inode,
     OpenFile,
+    Packable,
     SessionId,
     Slice,
     SliceKind,
@@ -34,7 +35,7 @@ from metasvc.model import (
     space_of,
     unpack_refs,
 )
-from metasvc.store.tables import CHUNK, GARBAGE, INODE, SLICE, SUSTAINED, XATTR
+from metasvc.store.tables import CHUNK, GARBAGE, INODE, PACKABLE, SLICE, SUSTAINED, XATTR
 
 SETID_BITS = 0o6000
 
@@ -92,12 +93,14 @@ def _map_of(tx: Tx, inode: Inode, start: int, end: int) -> FileMap:
     return FileMap(inode.map_version, refs, slices, first * CHUNK_BYTES, past * CHUNK_BYTES)
 
 
-def _get_chunk(tx: Tx, ino: Ino, index: int) -> list[SliceRef]:
+def get_chunk(tx: Tx, ino: Ino, index: int) -> list[SliceRef]:
+    """Return the refs of a chunk, offsets in the chunk."""
     chunk: Chunk | None = tx.get(CHUNK, (ino, index))
     return unpack_refs(chunk.refs) if chunk is not None else []
 
 
-def _put_chunk(tx: Tx, ino: Ino, index: int, refs: list[SliceRef]) -> None:
+def put_chunk(tx: Tx, ino: Ino, index: int, refs: list[SliceRef]) -> None:
+    """Replace the refs of a chunk; the caller counts them."""
     if refs:
         tx.put(CHUNK, Chunk(ino, index, pack_refs(refs)))
     else:
@@ -130,9 +133,19 @@ def settle(tx: Tx, delta: dict[int, int], written: Iterable[WrittenSlice] = ()) 
             tx.put(GARBAGE, Garbage(slice_.slice_id, slice_.length, tx.now_ns))
 
 
+def _note_packable(tx: Tx, ino: Ino, delta: Mapping[int, int], written: Iterable[WrittenSlice]) -> None:
+    """Remember where inline slices are, for the job that gathers them (metasvc.engine.packing)."""
+    for slice_ in written:
+        if slice_.kind is SliceKind.INLINE and delta.get(slice_.slice_id, 0) > 0:
+            index = slice_.refs[0].offset // CHUNK_BYTES
+            tx.put(PACKABLE, Packable(slice_.slice_id, ino, index, tx.now_ns))
+
+
 def _bury(tx: Tx, row: Slice) -> None:
     tx.delete(SLICE, row.slice_id)
-    if row.kind != SliceKind.INLINE:
+    if row.kind == SliceKind.INLINE:
+        tx.delete(PACKABLE, row.slice_id)
+    else:
         tx.put(GARBAGE, Garbage(row.slice_id, row.length, tx.now_ns))
 
 
@@ -175,12 +188,13 @@ def commit(tx: Tx, caller: Caller, ino: Ino, change: Commit) -> Inode:
     tx.require([(CHUNK, (ino, index)) for index in touched])
     delta: dict[int, int] = {}
     for index, new_refs in touched.items():
-        old = _get_chunk(tx, ino, index)
+        old = get_chunk(tx, ino, index)
         merged = chunkmap.overlay(old, new_refs)
         chunkmap.count_slices(old, delta, -1)
         chunkmap.count_slices(merged, delta, +1)
-        _put_chunk(tx, ino, index, merged)
+        put_chunk(tx, ino, index, merged)
     settle(tx, delta, change.slices)
+    _note_packable(tx, ino, delta, change.slices)
     size = max(inode.size_bytes, end)
     growth = space_of(size) - inode.space_bytes
     accounts.room_for_growth(tx, inode, growth - tx.around.granted_bytes(ino))
@@ -240,14 +254,14 @@ def _cut(tx: Tx, ino: Ino, start: int, end: int) -> None:
         tx.require([(CHUNK, (ino, index)) for index in indexes])
     delta: dict[int, int] = {}
     for index in indexes:
-        old = _get_chunk(tx, ino, index)
+        old = get_chunk(tx, ino, index)
         if not old:
             continue
         base = index * CHUNK_BYTES
         kept = chunkmap.cut(old, max(0, start - base), min(CHUNK_BYTES, end - base))
         chunkmap.count_slices(old, delta, -1)
         chunkmap.count_slices(kept, delta, +1)
-        _put_chunk(tx, ino, index, kept)
+        put_chunk(tx, ino, index, kept)
     settle(tx, delta)
 
 
@@ -289,7 +303,7 @@ def copy_range(
     tx.require([(CHUNK, (source, index)) for index in indexes])
     refs: list[SliceRef] = []
     for index in indexes:
-        refs += chunkmap.in_file(_get_chunk(tx, source, index), index)
+        refs += chunkmap.in_file(get_chunk(tx, source, index), index)
     shift = target_start - start
     moved = [ref._replace(offset=ref.offset + shift) for ref in chunkmap.clip(refs, start, start + length)]
     _cut(tx, target, target_start, target_start + length)
@@ -297,11 +311,11 @@ def copy_range(
     touched = chunkmap.by_chunk(moved)
     tx.require([(CHUNK, (target, index)) for index in touched])
     for index, new_refs in touched.items():
-        old = _get_chunk(tx, target, index)
+        old = get_chunk(tx, target, index)
         merged = chunkmap.overlay(old, new_refs)
         chunkmap.count_slices(old, delta, -1)
         chunkmap.count_slices(merged, delta, +1)
-        _put_chunk(tx, target, index, merged)
+        put_chunk(tx, target, index, merged)
     settle(tx, delta)
     accounts.charge_growth(tx, inode, growth)
     inode = tx.inode(target)._replace(
@@ -321,7 +335,7 @@ def replace_refs(tx: Tx, ino: Ino, index: int, expected: list[SliceRef], written
     If it is not, the written slices become garbage.
     """
     row: Inode | None = tx.get(INODE, ino)
-    old = _get_chunk(tx, ino, index) if row is not None else []
+    old = get_chunk(tx, ino, index) if row is not None else []
     if row is None or chunkmap.in_file(old, index) != expected:
         settle(tx, {}, written)
         return False
@@ -332,8 +346,9 @@ def replace_refs(tx: Tx, ino: Ino, index: int, expected: list[SliceRef], written
     delta: dict[int, int] = {}
     chunkmap.count_slices(old, delta, -1)
     chunkmap.count_slices(merged, delta, +1)
-    _put_chunk(tx, ino, index, merged)
+    put_chunk(tx, ino, index, merged)
     settle(tx, delta, written)
+    _note_packable(tx, ino, delta, written)
     tx.put(INODE, row._replace(map_version=row.map_version + 1))
     return True
 

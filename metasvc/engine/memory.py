@@ -34,6 +34,8 @@ from metasvc.store.tables import (
     DENTRY,
     INODE,
     LINK,
+    PACK,
+    PACKABLE,
     QUOTA,
     REPLIES,
     SESSION,
@@ -48,6 +50,9 @@ RESIDENT: Final = (COUNTER, QUOTA, SESSION)
 """Tables that are loaded wholly when the volume is opened, and never evicted."""
 _OF_INODE: Final = (DENTRY, CHUNK, XATTR, LINK)
 """Grouped tables whose group is an inode: a new inode has none of their rows."""
+
+_WRITTEN_ONLY: Final = (REPLIES, PACKABLE, PACK)
+"""Tables that rules write and do not read: nothing of them is remembered once it is durable."""
 
 _ABSENT: Final[Any] = object()
 ROW_COST_BYTES: Final = 700
@@ -241,8 +246,7 @@ class Rows:
                 for key, row in rows.items():
                     pinned[key] = (row, batch)
                     young.old.pop(key, None)
-                    if table is REPLIES:
-                        # Written with each change and read after a restart only: nothing to remember.
+                    if table in _WRITTEN_ONLY:
                         young.young.pop(key, None)
                         continue
                     young.young[key] = row

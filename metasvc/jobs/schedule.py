@@ -7,6 +7,7 @@ job does may be cut off at any moment: what is left is found again in the metada
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -16,8 +17,10 @@ from chunkstore.errors import AtollError, ObjectMissing
 from chunkstore.slices import ChunkStore
 from metasvc.api import MetaClient
 from metasvc.api.admin import MetaAdmin
+from metasvc.engine.packing import Packing
 from metasvc.jobs.collecting import DeleteSlices, collect_garbage, expire_trash
 from metasvc.jobs.compaction import compact
+from metasvc.jobs.packing import AGE_S, LEAST_BYTES, LOOK_AT_ONCE, pack_small, repack
 from metasvc.model import VolumeFormat
 
 FAILURE_REST_S: Final = 60.0
@@ -36,6 +39,11 @@ class JobRates:
     """How long ago the last reference must have gone: readers elsewhere may still hold the map of before."""
     trash_s: float = 300.0
     compaction_s: float = 30.0
+    packs_s: float = 30.0
+    packs_age_s: float = AGE_S
+    repack_s: float = 3600.0
+    packs_pause_s: float = 0.2
+    """Rest after each pack: at most 20 MiB/s, 5,000 files of 4 KiB."""
     compaction_pause_s: float = 0.5
     """Rest after each chunk: at most 128 MiB/s of reading and writing, in practice far less."""
 
@@ -63,17 +71,22 @@ class Jobs:
     log: Any
     """A structlog logger, bound to the volume."""
     rates: JobRates = field(default_factory=JobRates)
+    packing: Packing | None = None
+    """If small slices are to be gathered."""
     states: dict[str, JobState] = field(default_factory=dict)
 
     async def run(self) -> None:
         """Work until cancelled."""
         rates = self.rates
+        jobs: list[tuple[str, Callable[[], Awaitable[int]], float]] = [
+            ("garbage", self.collect, rates.garbage_s),
+            ("trash", self.expire, rates.trash_s),
+            ("compaction", self.compact, rates.compaction_s),
+        ]
+        if self.packing is not None:
+            jobs += [("packs", self.pack, rates.packs_s), ("repack", self.repack, rates.repack_s)]
         async with asyncio.TaskGroup() as tasks:
-            for name, work, rest_s in (
-                ("garbage", self.collect, rates.garbage_s),
-                ("trash", self.expire, rates.trash_s),
-                ("compaction", self.compact, rates.compaction_s),
-            ):
+            for name, work, rest_s in jobs:
                 tasks.create_task(self._repeat(name, work, rest_s), name=f"job {name}")
 
     async def _repeat(self, name: str, work: Callable[[], Awaitable[int]], rest_s: float) -> None:
@@ -138,3 +151,32 @@ class Jobs:
                     break
                 candidates = await self.admin.compaction_candidates(limit=CHUNKS_AT_ONCE)
         return total
+
+    async def pack(self) -> int:
+        """Gather small slices; how many refs were moved."""
+        assert self.packing is not None
+        rates = self.rates
+        # Opened only if there is something to do: a session is a row.
+        before_ns = time.time_ns() - int(rates.packs_age_s * 1e9)
+        if (
+            sum(piece.length for piece in await self.packing.small(before_ns=before_ns, limit=LOOK_AT_ONCE))
+            < LEAST_BYTES
+        ):
+            return 0
+        async with self.writing() as (meta, chunks):
+            moved = await pack_small(self.packing, meta, chunks, age_s=rates.packs_age_s, pause_s=rates.packs_pause_s)
+        if moved:
+            self.log.info("small files packed", refs=moved)
+        return moved
+
+    async def repack(self) -> int:
+        """Gather what is left of packs; how many refs were moved."""
+        assert self.packing is not None
+        pieces, after = await self.packing.sparse(after=None)
+        if not pieces and after is None:
+            return 0
+        async with self.writing() as (meta, chunks):
+            moved = await repack(self.packing, meta, chunks, pause_s=self.rates.packs_pause_s)
+        if moved:
+            self.log.info("packs packed again", refs=moved)
+        return moved

@@ -18,6 +18,7 @@ from chunkstore.buckets import open_bucket
 from chunkstore.slices import ChunkStore, ChunkStoreConfig
 from metasvc.api import MetaClient
 from metasvc.engine import EngineSession
+from metasvc.engine.packing import Packing
 from metasvc.jobs.collecting import delete_objects
 from metasvc.jobs.schedule import JobRates, Jobs
 from metasvc.model import Garbage
@@ -77,7 +78,7 @@ class ServedJobs:
                 yield meta, chunks
 
         log = self._log.bind(volume=volume.name)
-        jobs = Jobs(volume.admin, lambda: volume.format, delete, writing, log, self._rates)
+        jobs = Jobs(volume.admin, lambda: volume.format, delete, writing, log, self._rates, Packing(volume.engine))
         volume.jobs = lambda: jobs.states
         try:
             await jobs.run()

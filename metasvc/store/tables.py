@@ -21,6 +21,8 @@ trashed           trash_id                    each removed name in the trash, id
 garbage           slice_id                    each slice whose objects are to be deleted
 slice_range       (session_id, first)         each run of slice ids that a session may commit
 replies           session_id                  each session over the wire that changed something
+packable          slice_id                    each inline slice that was written and not looked at by the job that packs
+pack              slice_id                    each slice that was gathered from small ones
 quota             ino                         each directory with a quota
 counter           name                        each counter: used_bytes, used_inodes, next_ino …
 ================  ==========================  ==========================================================
@@ -38,6 +40,8 @@ from metasvc.model import (
     Garbage,
     Inode,
     Link,
+    Pack,
+    Packable,
     Quota,
     Replies,
     Session,
@@ -93,6 +97,8 @@ COUNTER: Final = _table("counter", Counter, 1)
 
 SLICE_RANGE: Final = _table("slice_range", SliceRange, 2)
 REPLIES: Final = _table("replies", Replies, 1)
+PACKABLE: Final = _table("packable", Packable, 1)
+PACK: Final = _table("pack", Pack, 1)
 
 TABLES: Final = (
     INODE,
@@ -109,6 +115,8 @@ TABLES: Final = (
     COUNTER,
     SLICE_RANGE,
     REPLIES,
+    PACKABLE,
+    PACK,
 )
 
 

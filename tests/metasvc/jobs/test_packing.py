@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import random
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -84,6 +85,7 @@ async def test_small_files_are_gathered_and_read_the_same_everywhere(tmp_path: P
         assert place.objects() == sum(-(-row.length // BLOCK_BYTES) for row in await blocks(volume))
         assert await read(vfs, held.fh) == files[b"f0007"], "with the map of before"
         await vfs.release(held.fh)
+        versions: Counter[int] = Counter()
         async with place.mounted(service, "two") as other:
             for name, data in files.items():
                 assert await content(other, name) == data
@@ -94,6 +96,9 @@ async def test_small_files_are_gathered_and_read_the_same_everywhere(tmp_path: P
                     old.mtime_ns,
                     old.ctime_ns,
                 )
+                versions[inode.map_version - old.map_version] += 1
+        assert versions[1] == 1500 - left[SliceKind.INLINE]
+        assert sum(versions.values()) == 1500
         assert await pack(place, volume) == 0, "nothing is left to gain"
 
 
@@ -190,6 +195,39 @@ async def test_what_is_cut_off_is_done_again(tmp_path: Path, operations: int, mo
             for name, data in files.items():
                 assert await content(vfs, name) == data
             assert await pack_small(packs, meta, chunks, age_s=0.0) >= 500
+        async with place.mounted(service, "two") as other:
+            for name, data in files.items():
+                assert await content(other, name) == data
+
+
+async def test_a_pack_that_is_wanted_by_nobody_before_it_is_whole_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "MOVES_AT_ONCE", 100)
+    place = Place(tmp_path)
+    files = {b"f%04d" % number: os.urandom(2 * KIB) for number in range(700)}
+    async with place.served(NEVER, trash_days=0.0) as service, place.mounted(service, "one") as vfs:
+        for name, data in files.items():
+            await write(vfs, name, data)
+        volume = await service.volume()
+        async with packer(place, volume) as (packs, meta, chunks):
+            run, operations = volume.engine.run, 0
+
+            async def removing(rule: object, *args: object, **options: object) -> object:
+                nonlocal operations
+                found = await run(rule, *args, **options)  # type: ignore[arg-type]
+                if rule is packing.move_refs:
+                    operations += 1
+                    if operations == 1:
+                        for name in list(files)[:100]:
+                            await vfs.unlink(ROOT, ROOT_INO, name)
+                            del files[name]
+                return found
+
+            volume.engine.run = removing  # type: ignore[method-assign]
+            assert await pack_small(packs, meta, chunks, age_s=0.0) == 100 + 600
+            assert operations == 7 + 6, "none of the later ones found the pack; then another was made"
+            volume.engine.run = run  # type: ignore[method-assign]
         async with place.mounted(service, "two") as other:
             for name, data in files.items():
                 assert await content(other, name) == data

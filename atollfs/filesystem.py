@@ -36,8 +36,9 @@ from fsspec.utils import stringify_path  # type: ignore[import-untyped]
 
 from atollfs import volumes
 from atollfs.file import (
-    BUFFER_BYTES,
     MODES,
+    READ_BUFFER_BYTES,
+    WRITE_BUFFER_BYTES,
     AsyncFile,
     Publication,
     RawFile,
@@ -315,9 +316,9 @@ class AtollFileSystem(AsyncFileSystem):  # type: ignore[misc]
         where = path if publication is None else publication.temporary
         descriptor = volumes.run_at_home(lambda: self._descriptor(where, MODES[mode]))
         raw = RawFile(descriptor, path=where, mode=mode)
-        buffer_bytes = block_size or BUFFER_BYTES
         if not raw.writable():
-            return ReadFile(raw, buffer_bytes, fs=self)
+            return ReadFile(raw, block_size or READ_BUFFER_BYTES, fs=self)
+        buffer_bytes = block_size or (READ_BUFFER_BYTES if raw.readable() else WRITE_BUFFER_BYTES)
         made = UpdateFile if raw.readable() else WriteFile
         return made(raw, buffer_bytes, fs=self, publication=publication)
 

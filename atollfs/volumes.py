@@ -164,9 +164,9 @@ class OpenedVolume:
         try:
             async with AsyncExitStack() as stack:
                 self.tree = Tree(await _enter(stack, self.options))
+                stack.push_async_callback(self.tree.close)
                 self._ready.set_result(None)
                 await self._end.wait()
-                self.tree.has_ended = True
         except BaseException as error:
             if not self._ready.done():
                 # Nobody may be waiting any more.

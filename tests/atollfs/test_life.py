@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from atollfs import AtollFileSystem
+from atollfs.tree import Tree
 from atollfs.volumes import NotAfterFork
 from chunkstore.geometry import MIB
 from client.volume import TokenMissing, VolumeBusy
@@ -107,7 +108,10 @@ with AtollFileSystem(**json.loads(sys.argv[1])) as fs:
 def test_while_it_is_mounted_the_refusal_names_the_mount_point(tmp_path: Path) -> None:
     from tests.mount.mounted import mounted
 
-    with mounted(tmp_path) as volume, AtollFileSystem(volume.address, skip_instance_cache=True) as fs:
+    with (
+        mounted(tmp_path) as volume,
+        AtollFileSystem(volume.address, cache_dir=volume.cache_dir, skip_instance_cache=True) as fs,
+    ):
         with pytest.raises(VolumeBusy, match=f"atoll umount {volume.path}"):
             fs.ls("/")
         (volume.path / "file").write_bytes(b"x" * 100_000)
@@ -196,15 +200,15 @@ def test_a_file_that_is_collected_open_is_closed(tmp_path: Path) -> None:
         while fs.cat_file("/file") != b"y" * 1000:
             assert time.monotonic() < deadline
         # Closed: nothing of it is left to flush.
-        volumes.run_at_home(lambda: _no_open_files(fs))
+        while "open_files 0\n" not in volumes.run_at_home(lambda: _metrics(fs)):
+            assert time.monotonic() < deadline
 
 
-async def _no_open_files(fs: AtollFileSystem) -> None:
-    async def look(tree: object) -> None:
-        vfs = tree.vfs  # type: ignore[attr-defined]
-        assert "open_files 0" in vfs.metrics_text()
+async def _metrics(fs: AtollFileSystem) -> str:
+    async def look(tree: Tree) -> str:
+        return tree.vfs.metrics_text()
 
-    await fs._ask("/", look)
+    return await fs._ask("/", look)
 
 
 def test_what_one_session_closed_another_sees(service_volume: Place) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -75,10 +74,12 @@ PROGRAM = """
 import json, os, sys
 from atollfs import AtollFileSystem
 options = json.loads(sys.argv[1])
-os.setgroups([4000])
-os.setgid(3000)
-os.setuid(3000)
 with AtollFileSystem(**options) as fs:
+    fs.ls("/")
+    # Only now: who it becomes may reach neither these sources nor the cache.
+    os.setgroups([4000])
+    os.setegid(3000)
+    os.seteuid(3000)
     def what(call, *arguments, **more):
         try:
             call(*arguments, **more)
@@ -105,12 +106,13 @@ with AtollFileSystem(**options) as fs:
         "own rename": what(fs.mv, "/open/own", "/open/mine"),
         "owner": fs.info("/open/mine")["uid"],
     }
+    os.seteuid(0)
 print(json.dumps(found))
 """
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
-def test_another_user_meets_what_a_kernel_would_say(service_volume: Place, tmp_path: Path) -> None:
+def test_another_user_meets_what_a_kernel_would_say(service_volume: Place) -> None:
     from metasvc.model import SetAttr
 
     with service_volume.opened() as fs:
@@ -135,11 +137,12 @@ def test_another_user_meets_what_a_kernel_would_say(service_volume: Place, tmp_p
             ("/open", 0o1777, 0),
         ]:
             volumes.run_at_home(lambda p=path, m=mode, g=gid: fs._ask(p, chmod, p.encode(), m, g))  # type: ignore[misc]
-    # The other user needs a cache of its own, and to reach bucket and sources.
-    tmp_path.chmod(0o777)
-    options = {**service_volume.options, "cache_dir": f"/tmp/atoll-test-{os.getpid()}"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(options)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", PROGRAM, json.dumps(service_volume.options)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {

@@ -344,8 +344,10 @@ class AsyncFile:
     Close it (`async with`): a file that is collected open keeps its descriptor until the volume ends.
     """
 
-    def __init__(self, descriptor: Descriptor, *, path: str, mode: str) -> None:
+    def __init__(self, descriptor: Descriptor, *, fs: AtollFileSystem, path: str, mode: str) -> None:
         """Take an open descriptor, which close() closes. ``mode`` is one of MODES."""
+        self.fs = fs
+        """Held, as the volume ends with the last file system that uses it."""
         self.path = path
         self.mode = mode
         self.size = descriptor.inode.size_bytes

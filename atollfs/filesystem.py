@@ -21,7 +21,7 @@ import errno
 import os
 import secrets
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import closing
 from datetime import UTC, datetime
 from glob import has_magic
@@ -50,14 +50,17 @@ from atollfs.file import (
 from atollfs.location import SCHEME, VolumeOptions, split_url
 from atollfs.tree import PIECE_BYTES, Descriptor, Listed, Tree, all_of, as_os_error, kind
 from chunkstore.errors import AtollError
-from chunkstore.geometry import Buffer
+from chunkstore.geometry import MIB, Buffer
 from client.address import ServiceAddress, parse_address
-from client.sizes import parse_size
+from client.sizes import format_size, parse_size
+from metasvc.errors import FsError
 from metasvc.model import Inode
 
 T = TypeVar("T")
 
 META_TIMEOUT_S: Final = 300.0
+MIN_CACHE_BYTES: Final = 64 * MIB
+"""As of `atoll mount`."""
 _NS: Final = 1_000_000_000
 _user_numbers = count(1)
 
@@ -113,7 +116,7 @@ class AtollFileSystem(AsyncFileSystem):  # type: ignore[misc]
             token=token,
             token_file=None if token_file is None else os.fspath(token_file),
             cache_dir=None if cache_dir is None else Path(cache_dir),
-            cache_limit_bytes=parse_size(cache_size) if isinstance(cache_size, str) else cache_size,
+            cache_limit_bytes=_cache_limit(cache_size),
             meta_timeout_s=float(meta_timeout),
             read_only=read_only,
         )
@@ -170,7 +173,10 @@ class AtollFileSystem(AsyncFileSystem):  # type: ignore[misc]
         return await volumes.on_home_loop(ask)
 
     async def aclose(self) -> None:
-        """End the use of the volume by this instance: flush, and end the session unless another instance uses it."""
+        """End the use of the volume by this instance: flush, and end the session unless another instance uses it.
+
+        OSError (EIO) if files that were left open hold data which could not be made durable, and are lost.
+        """
         await volumes.on_home_loop(lambda: volumes.leave(self._options, self._user))
 
     def close(self) -> None:
@@ -197,14 +203,23 @@ class AtollFileSystem(AsyncFileSystem):  # type: ignore[misc]
     # -- looking -------------------------------------------------------------------------------------------------------
 
     async def _info(self, path: str, **_: Any) -> dict[str, Any]:
-        """Return name, size, type, and what stat(2) shows. Links are followed; `islink` tells of one. A trip or two."""
+        """Return name, size, type, and what stat(2) shows. A trip, two for a link.
+
+        Links are followed, and `islink` tells of one; what leads nowhere is of type "link".
+        """
         path = self._strip_protocol(path)
+        raw = os.fsencode(path)
 
         async def look(tree: Tree) -> dict[str, Any]:
-            inode = await tree.stat(os.fsencode(path), follow=False)
+            inode = await tree.stat(raw, follow=False)
             if not inode.is_symlink:
                 return _entry(path, inode)
-            return _entry(path, await tree.stat(os.fsencode(path)), is_link=True)
+            try:
+                return _entry(path, await tree.stat(raw), is_link=True)
+            except FsError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    raise
+                return _entry(path, inode)
 
         return await self._ask(path, look)
 
@@ -227,25 +242,35 @@ class AtollFileSystem(AsyncFileSystem):  # type: ignore[misc]
         found = await self._ask(path, look)
         return found if detail else [entry["name"] for entry in found]
 
+    async def _walk(self, path: str, *arguments: Any, on_error: Any = "omit", **more: Any) -> AsyncIterator[Any]:
+        """Walk as fsspec does, but omit only what is missing or closed: a service that failed is no empty directory."""
+        chosen = _raise_unless_closed if on_error == "omit" else on_error
+        async for found in super()._walk(path, *arguments, on_error=chosen, **more):
+            yield found
+
     async def _exists(self, path: str, **_: Any) -> bool:
-        """Return whether a path names something; what prevents an answer is raised (PermissionError …)."""
-        try:
-            await self._info(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return True
+        """Return whether a path leads to something; what prevents an answer is raised (PermissionError …)."""
+        return await self._kind(path) not in (None, "link")
 
     async def _isdir(self, path: str) -> bool:
+        """Return whether it is a directory; not, as in os.path, where this may not be seen."""
         try:
-            return bool((await self._info(path))["type"] == "directory")
-        except (FileNotFoundError, NotADirectoryError):
+            return await self._kind(path) == "directory"
+        except PermissionError:
             return False
 
     async def _isfile(self, path: str) -> bool:
+        """Return whether it is a file; not, as in os.path, where this may not be seen."""
         try:
-            return bool((await self._info(path))["type"] == "file")
-        except (FileNotFoundError, NotADirectoryError):
+            return await self._kind(path) == "file"
+        except PermissionError:
             return False
+
+    async def _kind(self, path: str) -> str | None:
+        try:
+            return str((await self._info(path))["type"])
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def created(self, path: str) -> datetime:
         """Return when name, owner, mode or content last changed (ctime): a volume keeps no time of birth."""
@@ -326,7 +351,7 @@ class AtollFileSystem(AsyncFileSystem):  # type: ignore[misc]
         """Open a binary file for coroutines. ValueError for a mode of text."""
         path = self._strip_protocol(path)
         mode = canonical_mode(mode)
-        return AsyncFile(await self._descriptor(path, MODES[mode]), path=path, mode=mode)
+        return AsyncFile(await self._descriptor(path, MODES[mode]), fs=self, path=path, mode=mode)
 
     def publish(self, temporary: str, path: str) -> None:
         """Give a file its name, replacing what has it: the end of a transaction."""
@@ -491,6 +516,18 @@ class AtollFileSystem(AsyncFileSystem):  # type: ignore[misc]
                 return
             recursive = True
         super().mv(path1, path2, recursive=recursive, maxdepth=maxdepth, **kwargs)
+
+
+def _cache_limit(size: int | str | None) -> int | None:
+    size_bytes = parse_size(size) if isinstance(size, str) else size
+    if size_bytes is not None and size_bytes < MIN_CACHE_BYTES:
+        raise ValueError(f"cache_size is at least {format_size(MIN_CACHE_BYTES)}: give more")
+    return size_bytes
+
+
+def _raise_unless_closed(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+        raise error
 
 
 async def _exists_itself(tree: Tree, path: bytes) -> None:

@@ -22,8 +22,8 @@ import asyncio
 import errno as E
 import os
 import stat
-from collections.abc import AsyncIterator, Awaitable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
+from contextlib import aclosing, asynccontextmanager
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
@@ -271,9 +271,12 @@ class Tree:
         if not Identity.of_process().may(directory, READ | EXECUTE):
             refuse(E.EACCES)
         entries = [entry async for batch in self._entries(directory.ino) for entry in batch]
-        links = [entry for entry in entries if entry.inode.is_symlink]
-        targets = dict(zip(links, await asyncio.gather(*(self._target(path, e.name) for e in links)), strict=True))
-        return [Listed(entry.name, entry.inode, targets.get(entry)) for entry in entries]
+        links = [entry.name for entry in entries if entry.inode.is_symlink]
+        targets: dict[bytes, Inode | None] = {}
+        for first in range(0, len(links), AT_ONCE):
+            names = links[first : first + AT_ONCE]
+            targets.update(zip(names, await asyncio.gather(*(self._target(path, name) for name in names)), strict=True))
+        return [Listed(entry.name, entry.inode, targets.get(entry.name)) for entry in entries]
 
     async def _target(self, directory: bytes, name: bytes) -> Inode | None:
         try:
@@ -281,7 +284,7 @@ class Tree:
         except FsError:
             return None
 
-    async def _entries(self, ino: Ino) -> AsyncIterator[list[Entry]]:
+    async def _entries(self, ino: Ino) -> AsyncGenerator[list[Entry], None]:
         """Yield the entries of a directory as they come, `.` and `..` not among them."""
         vfs = self.vfs
         fh = await vfs.opendir(ino)
@@ -359,24 +362,24 @@ class Tree:
 
     async def _empty(self, directory: Inode) -> None:
         who = Identity.of_process()
-        async for batch in self._entries(directory.ino):
-            if not who.may(directory, READ | WRITE | EXECUTE):
-                refuse(E.EACCES)
-            if not all(who.may_remove(directory, entry.inode) for entry in batch):
-                refuse(E.EPERM)
-            # Directories one after the other: each is as many operations as it has names.
-            for entry in batch:
-                if entry.inode.is_dir:
-                    await self._remove(directory, entry)
-            files = [entry for entry in batch if not entry.inode.is_dir]
-            for first in range(0, len(files), AT_ONCE):
-                await all_of(self._remove(directory, entry) for entry in files[first : first + AT_ONCE])
+        async with aclosing(self._entries(directory.ino)) as batches:
+            async for batch in batches:
+                if not who.may(directory, READ | WRITE | EXECUTE):
+                    refuse(E.EACCES)
+                if not all(who.may_remove(directory, entry.inode) for entry in batch):
+                    refuse(E.EPERM)
+                # Directories one after the other: each is as many operations as it has names.
+                for entry in batch:
+                    if entry.inode.is_dir:
+                        await self._remove(directory, entry)
+                files = [entry for entry in batch if not entry.inode.is_dir]
+                for first in range(0, len(files), AT_ONCE):
+                    await all_of(self._remove(directory, entry) for entry in files[first : first + AT_ONCE])
 
     async def rename(self, old: bytes, new: bytes) -> None:
         """Rename as rename(2): atomic, a file at the new name is replaced. EXDEV between directories with other quotas."""
-        (directory, name, inode), (new_directory, new_name) = await asyncio.gather(
-            self._removable(old, refusal=E.EBUSY), self._changeable(new, refusal=E.EBUSY)
-        )
+        directory, name, inode = await self._removable(old, refusal=E.EBUSY)
+        new_directory, new_name = await self._changeable(new, refusal=E.EBUSY)
         who = Identity.of_process()
         if who.uid:
             if inode.is_dir and directory.ino != new_directory.ino and not who.may(inode, WRITE):

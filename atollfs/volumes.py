@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import errno
 import itertools
 import logging
 import os
@@ -139,6 +140,8 @@ class OpenedVolume:
         """Numbers of the file system instances that use it."""
         self.tree: Tree
         """Set when it is ready."""
+        self.lost_files = 0
+        """How many files had data at the end that could not be made durable."""
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._end = asyncio.Event()
         self._task = asyncio.create_task(self._live(), name=f"volume {options.address}")
@@ -163,7 +166,7 @@ class OpenedVolume:
     async def _live(self) -> None:
         try:
             async with AsyncExitStack() as stack:
-                self.tree = Tree(await _enter(stack, self.options))
+                self.tree = Tree(await self._enter(stack))
                 stack.push_async_callback(self.tree.close)
                 self._ready.set_result(None)
                 await self._end.wait()
@@ -179,64 +182,69 @@ class OpenedVolume:
         finally:
             _forget(self)
 
+    async def _enter(self, stack: AsyncExitStack) -> Vfs:
+        """Open everything from the volume up to the vfs; the stack takes it apart in reverse."""
+        import structlog
 
-async def _enter(stack: AsyncExitStack, options: VolumeOptions) -> Vfs:
-    """Open everything from the volume up to the vfs; the stack takes it apart in reverse."""
-    import structlog
+        from client.jobs import Jobs, settle_staged
+        from client.staged import staged_in
+        from client.vfs.options import VfsOptions
+        from client.vfs.vfs import Vfs
+        from client.volume import Access, busy, default_cache_dir, open_volume, read_token
+        from metasvc.errors import NotOwner
 
-    from client.jobs import Jobs, settle_staged
-    from client.staged import staged_in
-    from client.vfs.options import VfsOptions
-    from client.vfs.vfs import Vfs
-    from client.volume import Access, busy, default_cache_dir, open_volume, read_token
-    from metasvc.errors import NotOwner
-
-    events = structlog.wrap_logger(
-        log,
-        processors=[structlog.stdlib.filter_by_level, structlog.processors.KeyValueRenderer(key_order=["event"])],
-        wrapper_class=structlog.stdlib.BoundLogger,
-        volume=str(options.address),
-    )
-    access = None
-    if not isinstance(options.address, EmbeddedAddress):
-        _prepare_grpc()
-        token = options.token or read_token(options.token_file, env=os.environ)
-        access = Access(token=token, timeout_s=options.meta_timeout_s)
-
-    def lost() -> None:
-        log.error("the volume at %s was lost: close the file system, then use it again", options.address)
-
-    try:
-        volume = await stack.enter_async_context(
-            open_volume(
-                options.address,
-                owner=OWNER,
-                env=os.environ,
-                wait_s=HOLDER_WAIT_S,
-                lost=lost,
-                mountpoint="",
-                access=access,
-            )
+        options = self.options
+        events = structlog.wrap_logger(
+            log,
+            processors=[structlog.stdlib.filter_by_level, structlog.processors.KeyValueRenderer(key_order=["event"])],
+            wrapper_class=structlog.stdlib.BoundLogger,
+            volume=str(options.address),
         )
-    except NotOwner as error:
-        raise busy(error) from error
-    meta = await stack.enter_async_context(volume.session(mountpoint=""))
-    caches = options.cache_dir if options.cache_dir is not None else default_cache_dir(os.environ)
-    lengths = dict(staged_in(caches, volume.format).lengths) if volume.is_sole else {}
-    chunks = await _enter_chunks(stack, options, volume, caches)
-    chosen = VfsOptions.sole_session if volume.is_sole else VfsOptions
-    vfs = Vfs(meta, chunks, log=events, options=chosen(read_only=options.read_only))
-    volume.mounting = _Held(vfs, chunks)
-    if volume.is_sole:
-        staged = await chunks.recover()
-        await settle_staged(volume, chunks, lengths, staged, log=events)
-    stack.push_async_callback(_drain, chunks)
-    await stack.enter_async_context(vfs)
-    if volume.is_sole and not options.read_only:
-        # Whoever holds an embedded volume does its background work: nobody else can.
-        jobs = asyncio.create_task(Jobs(volume, meta, chunks, log=events).run(), name="jobs")
-        stack.push_async_callback(_cancelled, jobs)
-    return vfs
+        access = None
+        if not isinstance(options.address, EmbeddedAddress):
+            _prepare_grpc()
+            token = options.token or read_token(options.token_file, env=os.environ)
+            access = Access(token=token, timeout_s=options.meta_timeout_s)
+
+        def lost() -> None:
+            log.error("the volume at %s was lost: close the file system, then use it again", options.address)
+
+        try:
+            volume = await stack.enter_async_context(
+                open_volume(
+                    options.address,
+                    owner=OWNER,
+                    env=os.environ,
+                    wait_s=HOLDER_WAIT_S,
+                    lost=lost,
+                    mountpoint="",
+                    access=access,
+                )
+            )
+        except NotOwner as error:
+            raise busy(error) from error
+        meta = await stack.enter_async_context(volume.session(mountpoint=""))
+        caches = options.cache_dir if options.cache_dir is not None else default_cache_dir(os.environ)
+        lengths = dict(staged_in(caches, volume.format).lengths) if volume.is_sole else {}
+        chunks = await _enter_chunks(stack, options, volume, caches)
+        chosen = VfsOptions.sole_session if volume.is_sole else VfsOptions
+        vfs = Vfs(meta, chunks, log=events, options=chosen(read_only=options.read_only))
+        volume.mounting = _Held(vfs, chunks)
+        if volume.is_sole:
+            staged = await chunks.recover()
+            await settle_staged(volume, chunks, lengths, staged, log=events)
+        stack.push_async_callback(_drain, chunks)
+        stack.push_async_callback(self._count_lost, vfs)
+        await stack.enter_async_context(vfs)
+        if volume.is_sole and not options.read_only:
+            # Whoever holds an embedded volume does its background work: nobody else can.
+            jobs = asyncio.create_task(Jobs(volume, meta, chunks, log=events).run(), name="jobs")
+            stack.push_async_callback(_cancelled, jobs)
+        return vfs
+
+    async def _count_lost(self, vfs: Vfs) -> None:
+        """Look what leaving the vfs could not flush: it has tried, and logged it."""
+        self.lost_files = len(await vfs.flush_all(timeout_s=0.0))
 
 
 async def _enter_chunks(
@@ -305,12 +313,18 @@ async def volume_of(options: VolumeOptions, user: int) -> OpenedVolume:
 
 
 async def leave(options: VolumeOptions, user: int) -> None:
-    """Note that somebody uses a volume no longer; the last one waits for its end. Home loop."""
+    """Note that somebody uses a volume no longer; the last one waits for its end. EIO if data were lost there. Home loop."""
     volume = _volumes.get(options)
     if volume is not None:
         volume.users.discard(user)
         if not volume.users:
             await volume.end()
+            if volume.lost_files:
+                raise OSError(
+                    errno.EIO,
+                    f"data of {volume.lost_files} files are lost: they were not closed, and could not be made durable; the log "
+                    "says why",
+                )
 
 
 def left(options: VolumeOptions, user: int, pid: int) -> None:

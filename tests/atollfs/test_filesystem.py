@@ -279,8 +279,10 @@ def test_links_are_followed_in_the_volume_and_removed_as_links(fs: AtollFileSyst
         "up": "file",
     }
     assert not fs.exists(f"{here}/dangling")
+    assert fs.info(f"{here}/dangling")["type"] == fs.info(f"{here}/loop")["type"] == "link"
+    assert fs.du(here) == 3 * len(b"content") + sum(len(target) for target in (b"loop", b"nowhere", b"/etc/passwd"))
     with pytest.raises(OSError, match="symbolic links") as refused:
-        fs.info(f"{here}/loop")
+        fs.cat_file(f"{here}/loop")
     assert refused.value.errno == errno.ELOOP
     with pytest.raises(FileNotFoundError, match="leads out of the volume"):
         fs.cat_file(f"{here}/out")
@@ -397,3 +399,30 @@ def test_a_read_only_file_system_changes_nothing(service_volume: Place) -> None:
         with pytest.raises(OSError, match="Read-only") as refused:
             fs.pipe_file("/read-only", b"x")
         assert refused.value.errno == errno.EROFS
+
+
+def test_file_systems_that_stand_on_others_work_on_this_one(fs: AtollFileSystem, here: str, tmp_path: Path) -> None:
+    fs.pipe_file(f"{here}/d/file", b"content")
+    below = fsspec.filesystem("dir", path=here, fs=fs)
+    assert below.find("/") == ["d/file"]
+    assert below.cat_file("d/file") == b"content"
+    with below.open("d/new", "wb") as file:
+        file.write(b"new")
+    options = _options(fs)
+    if "token" in options:
+        del options["address"]  # the URL has it
+    cached = fsspec.filesystem(
+        "filecache", target_protocol="atoll", target_options=_options(fs), cache_storage=str(tmp_path / "copies")
+    )
+    assert cached.cat_file(f"{here}/d/new") == b"new"
+    with fsspec.open(f"simplecache::{fs.unstrip_protocol(here)}/d/new", "rb", atoll=options) as file:
+        assert file.read() == b"new"
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/from-memory", b"m" * 100_000)
+    generic = fsspec.filesystem("generic", default_method="current")
+    generic.cp("memory:///from-memory", f"{fs.unstrip_protocol(here)}/from-memory")
+    assert fs.size(f"{here}/from-memory") == 100_000
+    memory.rm("/from-memory")
+    mapper = fs.get_mapper(f"{here}/map")
+    mapper["a/b"] = b"value"
+    assert (list(mapper), mapper["a/b"]) == (["a/b"], b"value")

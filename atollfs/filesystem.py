@@ -23,7 +23,7 @@ import secrets
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from glob import has_magic
 from itertools import count
 from pathlib import Path
@@ -62,6 +62,7 @@ META_TIMEOUT_S: Final = 300.0
 MIN_CACHE_BYTES: Final = 64 * MIB
 """As of `atoll mount`."""
 _NS: Final = 1_000_000_000
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _user_numbers = count(1)
 
 
@@ -564,4 +565,4 @@ def _listed(directory: str, found: Listed) -> dict[str, Any]:
 
 
 def _time(time_ns: int) -> datetime:
-    return datetime.fromtimestamp(time_ns / _NS, tz=UTC)
+    return _EPOCH + timedelta(microseconds=time_ns // 1000)

@@ -36,8 +36,8 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from fsspec.asyn import get_loop, sync  # type: ignore[import-untyped]
@@ -49,10 +49,10 @@ from client.address import EmbeddedAddress
 
 if TYPE_CHECKING:
     from chunkstore.slices import ChunkStore
-    from client.control.messages import JsonObject
     from client.vfs.vfs import Vfs
     from client.volume import OpenVolume
-    from metasvc.model import Caller, Ino
+    from metasvc.api import MetaClient
+    from metasvc.model import Garbage
 
 T = TypeVar("T")
 
@@ -101,32 +101,6 @@ class _Closable(Protocol):
     def close(self) -> None:
         """Flush and close."""
         ...
-
-
-class _Held:
-    """Stands in for the mount where the background work asks for one: client.volume.Mounting."""
-
-    subdir = b"/"
-    is_ending = False
-
-    def __init__(self, vfs: Vfs, chunks: ChunkStore) -> None:
-        self._vfs = vfs
-        self.chunks = chunks
-
-    def describe(self) -> JsonObject:
-        return {"pid": os.getpid()}
-
-    def caller(self, uid: int, gid: int) -> Caller:
-        return self._vfs.caller(uid, gid)
-
-    async def flush(self) -> None:
-        await self._vfs.flush_all(timeout_s=60.0)
-
-    def entry_changed(self, parent: Ino, name: bytes) -> None:
-        self._vfs.entry_changed(parent, name)
-
-    def metrics_text(self) -> str:
-        return self._vfs.metrics_text()
 
 
 class OpenedVolume:
@@ -186,8 +160,7 @@ class OpenedVolume:
         """Open everything from the volume up to the vfs; the stack takes it apart in reverse."""
         import structlog
 
-        from client.jobs import Jobs, settle_staged
-        from client.staged import staged_in
+        from client.staged import settle_staged, staged_in
         from client.vfs.options import VfsOptions
         from client.vfs.vfs import Vfs
         from client.volume import Access, busy, default_cache_dir, open_volume, read_token
@@ -229,16 +202,14 @@ class OpenedVolume:
         chunks = await _enter_chunks(stack, options, volume, caches)
         chosen = VfsOptions.sole_session if volume.is_sole else VfsOptions
         vfs = Vfs(meta, chunks, log=events, options=chosen(read_only=options.read_only))
-        volume.mounting = _Held(vfs, chunks)
         if volume.is_sole:
             staged = await chunks.recover()
-            await settle_staged(volume, chunks, lengths, staged, log=events)
+            await settle_staged(volume.admin, chunks, lengths, staged, log=events)
         stack.push_async_callback(_drain, chunks)
         stack.push_async_callback(self._count_lost, vfs)
         await stack.enter_async_context(vfs)
         if volume.is_sole and not options.read_only:
-            # Whoever holds an embedded volume does its background work: nobody else can.
-            jobs = asyncio.create_task(Jobs(volume, meta, chunks, log=events).run(), name="jobs")
+            jobs = asyncio.create_task(_work(volume, meta, chunks, events), name="jobs")
             stack.push_async_callback(_cancelled, jobs)
         return vfs
 
@@ -276,6 +247,20 @@ async def _enter_chunks(
             if volume.is_sole or number + 1 == CACHES_PER_NODE:
                 raise
     raise AssertionError("the loop returns or raises")
+
+
+async def _work(volume: OpenVolume, meta: MetaClient, chunks: ChunkStore, events: Any) -> None:
+    """Do an embedded volume's background work, as nobody but its holder can: garbage, trash, compaction. Until cancelled."""
+    from metasvc.jobs.schedule import Jobs
+
+    @asynccontextmanager
+    async def writing() -> AsyncIterator[tuple[MetaClient, ChunkStore]]:
+        yield meta, chunks
+
+    async def delete(rows: Sequence[Garbage]) -> None:
+        await chunks.delete_many([(row.slice_id, row.length) for row in rows])
+
+    await Jobs(volume.admin, lambda: volume.format, delete, writing, events).run()
 
 
 async def _drain(chunks: ChunkStore) -> None:

@@ -64,7 +64,8 @@ def _status(pid: int) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
-def _peak_bytes(pid: int) -> int:
+def peak_bytes(pid: int) -> int:
+    """Return the peak of the resident memory of a process."""
     value, unit = _status(pid)["VmHWM"].split()
     if unit != "kB":
         raise StepFailed(f"/proc/{pid}/status: VmHWM in {unit}, expected kB")
@@ -107,7 +108,7 @@ class Experiment:
 
     @staticmethod
     def _peak(after: str, pid: int) -> Peak:
-        peak = Peak(after, _peak_bytes(pid), tuple(_peak_bytes(child) for child in _descendants(pid)))
+        peak = Peak(after, peak_bytes(pid), tuple(peak_bytes(child) for child in _descendants(pid)))
         click.echo(f"after {after}: {peak.process_bytes / MIB:.1f} MiB", err=True)
         return peak
 

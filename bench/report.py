@@ -13,6 +13,7 @@ from typing import Final
 
 from bench.environment import Environment
 from bench.plan import WORKS, Unit, Work
+from bench.systems import Messages
 from bench.works import MIB, Scale, Timing
 
 BASELINE: Final = "juicefs"
@@ -29,6 +30,8 @@ class Measurement:
     round: int
     timing: Timing
     load_average: float
+    # What was exchanged with the metadata service meanwhile, verification included.
+    messages: Messages | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +72,15 @@ class Row:
         mine_s, other_s = self.median_s.get(system), self.median_s.get(other)
         return None if mine_s is None or other_s is None else other_s / mine_s
 
+    @property
+    def goal(self) -> float | None:
+        """Return how many times as fast as the baseline the project wants to be here."""
+        return self.work.goal_in(self.pair)
+
     def goal_reached(self) -> bool | None:
         """Say whether the project is as many times as fast as it wants; None without goal or figures."""
         ratio = self.times_as_fast(SUBJECT, other=BASELINE)
-        return None if ratio is None or self.work.goal is None else ratio >= self.work.goal
+        return None if ratio is None or self.goal is None else ratio >= self.goal
 
 
 def summarise(measurements: Sequence[Measurement]) -> list[Row]:
@@ -104,6 +112,17 @@ def summarise(measurements: Sequence[Measurement]) -> list[Row]:
     return rows
 
 
+def messages_table(measurements: Sequence[Measurement]) -> str:
+    """Draw what a mount exchanged with its metadata service, by work, in the last round; empty where nothing is known."""
+    last = {each.work: each for each in measurements if each.messages is not None}
+    lines = ["| work | operations | sent | received |", "| --- | ---: | ---: | ---: |"]
+    for work in WORKS.values():
+        if (found := last.get(work.key)) is not None and (counted := found.messages) is not None:
+            each = [count / found.timing.operations for count in (counted.operations, counted.sent, counted.received)]
+            lines.append(f"| {work.title} | " + " | ".join(f"{value:.2f}" for value in each) + " |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
 def subject_of(systems: Sequence[str]) -> str:
     """Name the system whose ratios the table shows: the project, or the first one without it."""
     return SUBJECT if SUBJECT in systems else systems[0]
@@ -124,7 +143,7 @@ def table(rows: Sequence[Row], systems: Sequence[str]) -> str:
     for row in rows:
         ratios = [row.times_as_fast(subject, other=name) for name in others]
         verdict = {None: "", True: " met", False: " MISSED"}[row.goal_reached()]
-        goal = "" if row.work.goal is None else f"{row.work.goal:g}x{verdict}"
+        goal = "" if row.goal is None else f"{row.goal:g}x{verdict}"
         figures = [_number(row.figure(name)) for name in systems]
         marks = ["-" if ratio is None else f"{_number(ratio)}x" for ratio in ratios]
         lines.append([row.work.title, row.work.unit.value, *figures, *marks, goal])
@@ -152,7 +171,7 @@ def document(
             "work": row.work.key,
             "title": row.work.title,
             "unit": row.work.unit.value,
-            "goal": row.work.goal,
+            "goal": row.goal,
             "goal_reached": row.goal_reached(),
             "systems": {
                 name: {
@@ -184,6 +203,7 @@ def text(
     scale: Scale,
     environment: Environment,
     rounds: int,
+    measurements: Sequence[Measurement] = (),
 ) -> str:
     """Write the tables of all pairs, with what they depend on, as Markdown."""
     reading = (
@@ -205,6 +225,8 @@ def text(
         mine = [row for row in rows if row.pair == pair]
         present = [name for name in systems if any(name in row.median_s for row in mine)]
         parts += [f"### bucket = {pair}", table(mine, present)]
+        if exchanged := messages_table([each for each in measurements if each.pair == pair]):
+            parts += ["Metadata operations and messages of the mount for each operation of the work:", exchanged]
     if failures:
         listed = [f"- {f.pair}, {f.system}, {f.work}, round {f.round}: {f.reason}" for f in failures]
         parts += ["### failed", "\n".join(listed)]
@@ -226,9 +248,9 @@ def plot(rows: Sequence[Row], systems: Sequence[str], path: Path) -> None:
         bars = axes.barh(places, [(ratio or 1) - 1 for ratio in ratios], height=height, left=1, label=name)
         axes.bar_label(bars, [f"{_number(ratio)}x" for ratio in ratios], padding=3, fontsize=7)
     for number, row in enumerate(rows):
-        if row.work.goal is not None:
+        if row.goal is not None:
             label = "goal" if number == 0 else None
-            axes.plot([row.work.goal] * 2, [number - 0.45, number + 0.45], color="black", linewidth=1.5, label=label)
+            axes.plot([row.goal] * 2, [number - 0.45, number + 0.45], color="black", linewidth=1.5, label=label)
     axes.set_xscale("log")
     axes.margins(x=0.15)
     axes.axvline(1, color="grey", linewidth=0.8)
@@ -253,7 +275,9 @@ def write_report(
 ) -> str:
     """Write results.json, results.md and a plot for each pair into a directory; return the text of the tables."""
     rows = summarise(measurements)
-    written = text(rows, failures, systems, scale=scale, environment=environment, rounds=rounds)
+    written = text(
+        rows, failures, systems, scale=scale, environment=environment, rounds=rounds, measurements=measurements
+    )
     output.mkdir(parents=True, exist_ok=True)
     (output / "results.md").write_text(written)
     (output / "results.json").write_text(document(rows, measurements, failures, scale=scale, environment=environment))

@@ -26,7 +26,7 @@ from bench.environment import check_machine, describe, load_average
 from bench.plan import WORKS, Session, Work, choose
 from bench.processes import StepFailed, drop_page_cache, go_on_unless_interrupted, interrupt_once
 from bench.report import Failure, Measurement, write_report
-from bench.servers import Bucket, DirectoryBucket, redis_server, s3_server
+from bench.servers import Bucket, DirectoryBucket, metadata_service, redis_server, s3_server
 from bench.systems import SYSTEMS, Place, Purpose, System
 from bench.worker import run_work
 from bench.works import MIB, Options, Scale, Timing
@@ -34,7 +34,8 @@ from bench.works import MIB, Options, Scale, Timing
 ROOT: Final = Path(__file__).resolve().parent.parent
 FULL: Final = Scale(files_4k=4000, files_64k=1000, tree_files=1500, random_reads=4000, big_size_bytes=1024 * MIB)
 QUICK: Final = Scale(files_4k=300, files_64k=100, tree_files=200, random_reads=500, big_size_bytes=64 * MIB)
-PAIRS: Final = ("directory", "s3")
+PAIR_HELP: Final = "Embedded volume on a directory, on S3 (both), or a service with S3."
+PAIRS: Final = ("directory", "s3", "service")
 
 
 def _reason(error: BaseException) -> str:
@@ -113,11 +114,13 @@ class Round:
             drop_page_cache()
             with system.mounted(session.purpose) as directory:
                 while left:
-                    load = load_average()
+                    load, before = load_average(), system.messages()
                     timing = self.work(contender, directory, left[0].function)
+                    after = system.messages()
+                    exchanged = after.since(before) if after is not None and before is not None else None
                     work = left.pop(0)
                     self.results.measurements.append(
-                        Measurement(self.pair, work.key, system.name, self.number, timing, load)
+                        Measurement(self.pair, work.key, system.name, self.number, timing, load, exchanged)
                     )
                     click.echo(
                         f"{self.pair} round {self.number} {system.name:<8} {work.key:<14} "
@@ -144,7 +147,11 @@ def _contenders(round_: Round, names: Sequence[str], works: Sequence[Work]) -> I
     """Start the servers of a round and make a volume of every system; a system that cannot be made is left out."""
     with ExitStack() as stack:
         redis = stack.enter_context(redis_server(round_.scratch / "redis")) if "juicefs" in names else None
-        server = stack.enter_context(s3_server(round_.scratch / "s3")) if round_.pair == "s3" else None
+        server = stack.enter_context(s3_server(round_.scratch / "s3")) if round_.pair != "directory" else None
+        service = None
+        if round_.pair == "service" and server is not None and "atoll" in names:
+            running = metadata_service(round_.scratch / "service", environment=server.environment)
+            service = stack.enter_context(running)
         contenders = []
         for name in names:
             root = round_.scratch / name
@@ -154,7 +161,7 @@ def _contenders(round_: Round, names: Sequence[str], works: Sequence[Work]) -> I
                     bucket = server.bucket(f"bench-{name}")
                 else:
                     bucket = DirectoryBucket(root / "bucket")
-                system = SYSTEMS[name](Place(root, bucket, redis))
+                system = SYSTEMS[name](Place(root, bucket, redis, service))
                 system.prepare()
                 contenders.append(Contender(system))
             except (StepFailed, OSError) as error:
@@ -165,7 +172,7 @@ def _contenders(round_: Round, names: Sequence[str], works: Sequence[Work]) -> I
 
 def run_round(round_: Round, sessions: Sequence[Session], names: Sequence[str]) -> None:
     """Run every session on every system, the systems in an order that moves by one with each round."""
-    present = [name for name in names if round_.pair == "s3" or name != "rclone"]
+    present = [name for name in names if round_.pair != "directory" or name != "rclone"]
     shift = (round_.number - 1) % max(1, len(present))
     works = [work for session in sessions for work in session.works]
     round_.scratch.mkdir()
@@ -190,7 +197,7 @@ def _comma_separated(known: Sequence[str], option: str, given: str | None) -> li
 
 @click.command(help="Compare AtollFS with JuiceFS, rclone and a plain directory.")
 @click.option("--quick", is_flag=True, help="A few hundred files and 64 MiB, one round.")
-@click.option("--pair", type=click.Choice([*PAIRS, "both"]), default="both", show_default=True, help="Kind of bucket.")
+@click.option("--pair", type=click.Choice([*PAIRS, "both", "all"]), default="all", show_default=True, help=PAIR_HELP)
 @click.option("--only", metavar="WORK,…", help=f"Only these works: {', '.join(WORKS)}.")
 @click.option("--systems", metavar="NAME,…", help=f"Only these systems: {', '.join(SYSTEMS)}.")
 @click.option("--rounds", type=click.IntRange(1, 99), help="Rounds, of which the median counts.  [3, quick 1]")
@@ -229,7 +236,7 @@ def main(
     )
     names = _comma_separated(list(SYSTEMS), "--systems", systems)
     sessions = choose(_comma_separated(list(WORKS), "--only", only))
-    pairs = PAIRS if pair == "both" else (pair,)
+    pairs = {"all": PAIRS, "both": PAIRS[:2]}.get(pair, (pair,))
     total = rounds or (1 if quick else 3)
     # Per system at most: the file in the bucket, in the cache directory, and once more as garbage of the S3 server.
     needed_bytes = len(names) * 3 * scale.big_size_bytes + 2**30

@@ -1,4 +1,4 @@
-"""The servers that the benchmark needs: Redis for JuiceFS, SeaweedFS as the S3 server of all systems.
+"""The servers that the benchmark needs: Redis for JuiceFS, a metadata service for AtollFS, SeaweedFS as the S3 server of all.
 
 Owns their settings, which every run shares: Redis makes every transaction durable (appendfsync always), SeaweedFS
 checks signatures and listens on loopback only. Both keep everything in the directory that they are given.
@@ -7,7 +7,7 @@ checks signatures and listens on loopback only. Both keep everything in the dire
 import json
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,12 +42,22 @@ class S3Bucket:
 Bucket = DirectoryBucket | S3Bucket
 
 
+def keys_environment(access_key: str, secret_key: str) -> dict[str, str]:
+    """Return keys as the environment in which AtollFS looks for them."""
+    return {"AWS_ACCESS_KEY_ID": access_key, "AWS_SECRET_ACCESS_KEY": secret_key, "AWS_REGION": REGION}
+
+
 @dataclass(frozen=True, slots=True)
 class S3Server:
     """A running S3 server."""
 
     endpoint: str
     scratch: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Return the keys as the provider's usual environment."""
+        return keys_environment(_ACCESS_KEY, _SECRET_KEY)
 
     def bucket(self, name: str) -> S3Bucket:
         """Make a bucket."""
@@ -104,6 +114,30 @@ def redis_server(directory: Path) -> Iterator[str]:
     with running(arguments, log=directory / "redis.log") as child:
         wait_until(lambda: _redis_answers(port), what="redis-server", deadline_s=_START_DEADLINE_S, child=child)
         yield f"redis://127.0.0.1:{port}/1"
+
+
+@dataclass(frozen=True, slots=True)
+class MetadataService:
+    """A running metadata service of this project."""
+
+    address: str
+    """atoll://HOST:PORT"""
+    token: str
+    pid: int
+
+
+@contextmanager
+def metadata_service(directory: Path, *, environment: Mapping[str, str]) -> Iterator[MetadataService]:
+    """Run `atoll serve` on a new SQLite store; its log lies in the directory."""
+    directory.mkdir()
+    [port] = free_ports(1)
+    command, store = find_command("atoll"), f"sqlite:///{directory}/meta.db"
+    token = run_step([command, "serve", "--store", store, "--init"], log=directory / "init", limit_s=60).strip()
+    arguments = [command, "serve", "--store", store, "--listen", f"127.0.0.1:{port}"]
+    arguments += ["--cache-dir", str(directory / "cache")]
+    with running(arguments, log=directory / "serve.log", environment=environment) as child:
+        wait_until(lambda: _accepts(port), what="atoll serve", deadline_s=_START_DEADLINE_S, child=child)
+        yield MetadataService(f"atoll://127.0.0.1:{port}", token, child.pid)
 
 
 @contextmanager

@@ -4,6 +4,8 @@ Owns their command lines. Every peer runs with its own defaults, the cache on an
 same for all: the data are in the bucket. Must not know which works are run.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
@@ -27,7 +29,15 @@ from bench.processes import (
     unmount,
     wait_until,
 )
-from bench.servers import REGION, Bucket, DirectoryBucket, S3Bucket, rclone_environment
+from bench.servers import (
+    REGION,
+    Bucket,
+    DirectoryBucket,
+    MetadataService,
+    S3Bucket,
+    keys_environment,
+    rclone_environment,
+)
 from tests.servers.ports import free_ports
 
 _MOUNT_DEADLINE_S: Final = 60.0
@@ -39,6 +49,19 @@ class Purpose(Enum):
 
     WRITE = "write"
     READ = "read"
+
+
+@dataclass(frozen=True, slots=True)
+class Messages:
+    """What a mount and its metadata service said to each other."""
+
+    operations: int
+    sent: int
+    received: int
+
+    def since(self, before: Messages) -> Messages:
+        """Return the difference."""
+        return Messages(self.operations - before.operations, self.sent - before.sent, self.received - before.received)
 
 
 class System(Protocol):
@@ -63,6 +86,9 @@ class System(Protocol):
     def settle(self) -> None:
         """Wait until what was read has reached the cache directory."""
 
+    def messages(self) -> Messages | None:
+        """Return what the mount has exchanged with its metadata service so far; None where that is not known."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -71,6 +97,7 @@ class Place:
     root: Path
     bucket: Bucket
     redis: str | None
+    service: MetadataService | None = None
 
     @property
     def mountpoint(self) -> Path:
@@ -132,6 +159,8 @@ class PlainDirectory:
 
     def settle(self) -> None: ...
 
+    def messages(self) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class JuiceFS:
@@ -187,6 +216,8 @@ class JuiceFS:
     def settle(self) -> None:
         _settle(self.place.cache)
 
+    def messages(self) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class RcloneMount:
@@ -230,26 +261,28 @@ class RcloneMount:
     def settle(self) -> None:
         _settle(self.place.cache)
 
+    def messages(self) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class AtollFS:
-    """This project, an embedded volume, by its commands only."""
+    """This project by its commands only: an embedded volume, or one of a service where the place has one."""
 
     place: Place
     name: str = "atoll"
     keeps_modes: bool = True
 
     @property
-    def _volume(self) -> Path:
-        return self.place.root / "volume"
+    def _volume(self) -> str:
+        if self.place.service is not None:
+            return f"{self.place.service.address}/bench/{self.place.root.parent.name}"
+        return str(self.place.root / "volume")
 
     @property
     def _environment(self) -> dict[str, str]:
-        match self.place.bucket:
-            case S3Bucket(_, _, access_key, secret_key):
-                return {"AWS_ACCESS_KEY_ID": access_key, "AWS_SECRET_ACCESS_KEY": secret_key, "AWS_REGION": REGION}
-            case DirectoryBucket(_):
-                return {}
+        bucket, service = self.place.bucket, self.place.service
+        keys = keys_environment(bucket.access_key, bucket.secret_key) if isinstance(bucket, S3Bucket) else {}
+        return keys | ({"ATOLL_TOKEN": service.token} if service is not None else {})
 
     def _run(self, *arguments: str) -> str:
         return run_step(
@@ -270,18 +303,20 @@ class AtollFS:
         self.place.make()
         if isinstance(self.place.bucket, DirectoryBucket):
             self.place.bucket.path.mkdir()
-        self._run("format", str(self._volume), "--bucket", self._bucket_url(), "--trash-days", "0")
+        self._run("format", self._volume, "--bucket", self._bucket_url(), "--trash-days", "0")
 
     def mount(self) -> None:
         """Mount; returns when the mount answers."""
-        arguments = ["mount", str(self._volume), str(self.place.mountpoint), "--cache-dir", str(self.place.cache)]
+        arguments = ["mount", self._volume, str(self.place.mountpoint), "--cache-dir", str(self.place.cache)]
         self._run(*arguments)
         if not is_mounted(self.place.mountpoint):
             raise StepFailed("atoll mount: returned although nothing is mounted")
 
     def holder(self) -> int:
         """Ask for the id of the process that holds the mount."""
-        status = json.loads(self._run("status", str(self._volume), "--json"))
+        # Of a service's mounts each is asked at its mount point.
+        where = self._volume if self.place.service is None else str(self.place.mountpoint)
+        status = json.loads(self._run("status", where, "--json"))
         return int(status["holder"]["pid"])
 
     def unmount(self) -> None:
@@ -321,6 +356,18 @@ class AtollFS:
 
     def settle(self) -> None:
         _settle(self.place.cache)
+
+    def messages(self) -> Messages | None:
+        if self.place.service is None:
+            return None
+        found = {}
+        for line in (self.place.mountpoint / ".atoll" / "stats").read_text().splitlines():
+            name, _, value = line.rpartition(" ")
+            found[name] = value
+        operations, sent, received = (
+            int(found[f"atoll_meta_{name}_total"]) for name in ("operations", "messages_sent", "messages_received")
+        )
+        return Messages(operations, sent, received)
 
 
 SYSTEMS: Final[dict[str, Callable[[Place], System]]] = {

@@ -17,8 +17,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,20 +29,22 @@ from chunkstore.buckets import Limits
 from chunkstore.errors import AtollError, BucketUnavailable
 from chunkstore.slices import ChunkStore, ChunkStoreConfig, Durability
 from client.address import Address, components, shown
+from client.admin.gc import delete_slices
 from client.admin.operations import run_operation
 from client.admin.stats import stats_text
 from client.control.endpoint import Peer
 from client.control.messages import ControlError, JsonObject, Progress, Request, text_of
 from client.control.server import ControlServer, Report
 from client.holder import make_holder_directory
-from client.jobs import Jobs, settle_staged
-from client.staged import MountRecord, staged_in, write_record
+from client.staged import MountRecord, settle_staged, staged_in, write_record
 from client.transport import MountOptions
 from client.vfs.options import VfsOptions
 from client.vfs.vfs import Vfs
 from client.vfs.virtual import VirtualFile
 from client.volume import HOLDER_WAIT_S, MOUNT_OWNER, Access, OpenVolume, open_volume, open_volume_bucket
+from metasvc.api import MetaClient
 from metasvc.errors import FsError
+from metasvc.jobs.schedule import Jobs
 from metasvc.model import ROOT_INO, Caller, Ino
 
 START_BUDGET_S: Final = 10.0
@@ -81,6 +83,8 @@ class MountRequest:
     """Empty if the log goes to stderr."""
     access: Access | None = None
     """For a volume of a service."""
+    metrics: str | None = None
+    """HOST:PORT at which the metrics are asked for, if anywhere."""
 
 
 class Mount:
@@ -191,9 +195,13 @@ class MountProcess:
             control = await stack.enter_async_context(
                 ControlServer(directory, self._answer, unexpected=self._unexpected)
             )
-            await settle_staged(volume, chunks, lengths, staged, log=self._log)
+            if request.metrics is not None:
+                from client.metrics_server import metrics_server
+
+                stack.enter_context(metrics_server(request.metrics, partial(stats_text, volume)))
+            await settle_staged(volume.admin, chunks, lengths, staged, log=self._log)
             async with vfs:
-                await self._serve(vfs, Jobs(volume, meta, chunks, log=self._log))
+                await self._serve(vfs, self._jobs(volume, meta, chunks))
             # Leaving has flushed, and logged what it could not; this only counts.
             self._lost_files = len(await vfs.flush_all(timeout_s=0.0))
             await self._drain(chunks)
@@ -261,6 +269,15 @@ class MountProcess:
             VirtualFile(b"config", self._config_text, 0o400),
         ]
         return Vfs(meta, chunks, log=self._log, options=options, virtual_files=files)
+
+    def _jobs(self, volume: OpenVolume, meta: MetaClient, chunks: ChunkStore) -> Jobs:
+        """Return the background work of an embedded volume; new slices belong to the mount's session."""
+
+        @asynccontextmanager
+        async def writing() -> AsyncIterator[tuple[MetaClient, ChunkStore]]:
+            yield meta, chunks
+
+        return Jobs(volume.admin, lambda: volume.format, partial(delete_slices, volume), writing, self._log)
 
     def _opened(self) -> tuple[OpenVolume, Mount]:
         """Return volume and mount; files and socket are served only while there are both."""

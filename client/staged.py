@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from chunkstore.geometry import SliceId
 from client.address import Address, EmbeddedAddress
 from metasvc.model import VolumeFormat
+
+if TYPE_CHECKING:
+    from chunkstore.slices import ChunkStore
+    from metasvc.api.admin import MetaAdmin
 
 RECORD_NAME: Final = "mount.json"
 VERSION: Final = 1
@@ -98,3 +102,21 @@ def staged_in(cache_dir: Path, volume_format: VolumeFormat) -> Staged:
     except OSError:
         names = []
     return Staged(str(cache_dir), {name.slice_id: name.length for name in names})
+
+
+async def settle_staged(
+    admin: MetaAdmin, chunks: ChunkStore, lengths: Mapping[SliceId, int], staged: Sequence[SliceId], *, log: Any
+) -> None:
+    """Give up what an earlier mount staged and never committed; what was committed is being uploaded.
+
+    ``lengths`` are those of the staged slices, read before.
+    """
+    from client.admin.live import live_slice
+
+    given_up = 0
+    for slice_id in staged:
+        if await live_slice(admin, slice_id) is None:
+            await chunks.delete(slice_id, lengths.get(slice_id, 0))
+            given_up += 1
+    if staged:
+        log.info("data of an earlier mount are uploaded", slices=len(staged) - given_up, never_committed=given_up)

@@ -312,6 +312,10 @@ class OpenFile:
     inode: Inode
     map: FileMap
     """Covers the beginning of the file: all of it if it has at most MAP_PAGE_CHUNKS chunks."""
+    promised_end: int = 0
+    """Up to where it may grow without asking for room first: all files may where there is no limit."""
+    is_new: bool = False
+    """Made by this operation, so it has no xattrs but those of a default ACL."""
 
 
 MAP_PAGE_CHUNKS: Final = 16

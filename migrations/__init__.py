@@ -3,7 +3,9 @@
 ``NNNN_what.sql``, numbered from 0001 without a gap. A file that was released is never changed: the next change of the
 schema is the next file. Files are plain statements that end with ``;``, without BEGIN, COMMIT or PRAGMA: the driver runs
 each file in one transaction and stores its number as the schema version in the same transaction, so that a file is
-applied wholly or not at all, once. There is no way back: an older AtollFS refuses a newer schema.
+applied wholly or not at all, once; it would do no harm twice. There is no way back: an older AtollFS refuses a newer schema.
+
+SQLite has no ``ALTER TABLE … ADD COLUMN IF NOT EXISTS``, which PostgreSQL has: ``apply`` gives it a meaning.
 """
 
 from __future__ import annotations
@@ -14,8 +16,11 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Final
 
-__all__ = ["Migration", "load_migrations"]
+__all__ = ["Migration", "apply", "load_migrations"]
 
+_ADD_COLUMN: Final = re.compile(
+    r"^(ALTER TABLE (\w+) ADD COLUMN )IF NOT EXISTS ((\w+) .*)", flags=re.MULTILINE | re.DOTALL
+)
 _FILE_NAME: Final = re.compile(r"([0-9]{4})_[a-z0-9_]+\.sql")
 
 
@@ -46,6 +51,18 @@ def load_migrations(database: str) -> tuple[Migration, ...]:
     if not migrations or [migration.number for migration in migrations] != list(range(1, len(migrations) + 1)):
         raise ValueError(f"the files of migrations/{database} are not numbered 0001, 0002 … without a gap")
     return tuple(migrations)
+
+
+def apply(connection: sqlite3.Connection, migration: Migration) -> None:
+    """Run the statements of a migration of "sqlite". Errors of sqlite3."""
+    for statement in migration.statements:
+        added = _ADD_COLUMN.search(statement)
+        if added is None:
+            connection.execute(statement)
+            continue
+        columns = [row[1] for row in connection.execute(f"PRAGMA table_info({added[2]})")]
+        if added[4] not in columns:
+            connection.execute(added[1] + added[3])
 
 
 def split_statements(script: str) -> tuple[str, ...]:

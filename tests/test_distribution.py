@@ -54,7 +54,7 @@ def test_the_wheel_holds_every_module_schema_and_type_marker(wheel: Path) -> Non
     expected = {
         str(path.relative_to(ROOT))
         for package in ROOT_PACKAGES
-        for pattern in ("*.py", "*.sql", "py.typed")
+        for pattern in ("*.py", "*.pyi", "*.proto", "*.sql", "py.typed")
         for path in (ROOT / package).rglob(pattern)
     }
     assert any(name.endswith(".sql") for name in expected)

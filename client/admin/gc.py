@@ -14,20 +14,21 @@ live, objects younger than an hour are left alone besides.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from chunkstore.buckets import MAX_DELETE_KEYS
-from chunkstore.geometry import SLICES_PER_PREFIX, ObjectId, block_count, block_key, parse_block_key
+from chunkstore.geometry import SLICES_PER_PREFIX, ObjectId, parse_block_key
 from client.admin.asking import Asked
 from client.admin.live import LiveGroup, has_block, live_slice
 from client.control.messages import JsonObject
 from client.volume import OpenVolume
+from metasvc.jobs.collecting import collect_garbage, delete_objects, expire_trash
 from metasvc.model import Garbage
 
 SAFETY_AGE_S: Final = 3600.0
-GARBAGE_AT_ONCE: Final = 500
-TRASH_AT_ONCE: Final = 200
 
 
 @dataclass(slots=True)
@@ -52,8 +53,20 @@ async def gc(asked: Asked) -> JsonObject:
     volume = asked.volume
     tally = Tally()
     if not dry_run:
-        tally.expired_entries = await expire_trash(volume, progress=asked)
-    await collect_garbage(volume, tally, dry_run=dry_run, progress=asked)
+        tally.expired_entries = await expire_trash(
+            volume.admin,
+            trash_days=volume.format.trash_days,
+            progress=lambda removed: asked.progress("expiring trash", removed, unit="entries"),
+        )
+    collected = await collect_garbage(
+        volume.admin,
+        partial(delete_slices, volume),
+        block_bytes=volume.format.block_bytes,
+        dry_run=dry_run,
+        progress=lambda deleted: asked.progress("deleting garbage", deleted, unit="objects"),
+    )
+    tally.garbage_slices, tally.garbage_objects = collected.slices, collected.objects
+    tally.deleted_objects = 0 if dry_run else collected.objects
     await _collect_leaked(asked, tally, dry_run=dry_run)
     return {
         "dry_run": dry_run,
@@ -68,51 +81,12 @@ async def gc(asked: Asked) -> JsonObject:
     }
 
 
-async def expire_trash(volume: OpenVolume, *, limit: int = TRASH_AT_ONCE, progress: Asked | None = None) -> int:
-    """Remove for good what lies in the trash for longer than the volume's format says; how many entries."""
-    before_ns = time.time_ns() - int(volume.format.trash_days * 86400e9)
-    removed = 0
-    while count := await volume.admin.trash_expire(before_ns=before_ns, limit=limit):
-        removed += count
-        if progress is not None:
-            progress.progress("expiring trash", removed, unit="entries")
-    return removed
-
-
-async def collect_garbage(
-    volume: OpenVolume, tally: Tally, *, dry_run: bool = False, progress: Asked | None = None
-) -> None:
-    """Delete the objects of slices that nothing refers to any more, then forget them. Errors of the bucket.
-
-    Objects first: a crash in between leaves the row, and deleting twice does no harm.
-    """
-    admin = volume.admin
-    while rows := await admin.garbage(before_ns=time.time_ns(), limit=GARBAGE_AT_ONCE):
-        objects = sum(block_count(row.length, volume.format.block_bytes) for row in rows)
-        tally.garbage_slices += len(rows)
-        tally.garbage_objects += objects
-        if dry_run:
-            # The owner hands out the first rows only, and they stay: the rest is not counted.
-            return
-        await delete_slices(volume, rows)
-        await admin.garbage_deleted([row.slice_id for row in rows])
-        tally.deleted_objects += objects
-        if progress is not None:
-            progress.progress("deleting garbage", tally.deleted_objects, unit="objects")
-
-
-async def delete_slices(volume: OpenVolume, rows: list[Garbage]) -> None:
+async def delete_slices(volume: OpenVolume, rows: Sequence[Garbage]) -> None:
     """Delete the objects of slices, and in a mount their images."""
     if volume.mounting is not None:
         await volume.mounting.chunks.delete_many([(row.slice_id, row.length) for row in rows])
-        return
-    keys = [
-        block_key(volume.format.uuid, row.slice_id, index)
-        for row in rows
-        for index in range(block_count(row.length, volume.format.block_bytes))
-    ]
-    for start in range(0, len(keys), MAX_DELETE_KEYS):
-        await volume.bucket().delete(keys[start : start + MAX_DELETE_KEYS])
+    else:
+        await delete_objects(volume.bucket(), volume.format, rows)
 
 
 async def _collect_leaked(asked: Asked, tally: Tally, *, dry_run: bool) -> None:

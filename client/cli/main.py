@@ -24,6 +24,7 @@ COMMANDS: Final = {
     "status": "Show what a volume is, who holds it and what is in it.",
     "info": "Show what a file or directory is made of.",
     "stats": "Show the counters of a volume's holder.",
+    "top": "Show what a mount, or a volume of a service, is doing now.",
     "gc": "Delete objects that nothing needs.",
     "fsck": "Check that a volume is whole and consistent.",
     "trash": "List, restore or empty what was removed.",

@@ -64,6 +64,7 @@ class CacheInvalid(AtollError):
     show_default=True,
     help="Seconds for which programs wait while the service is away; then they get EIO.",
 )
+@click.option("--metrics", metavar="HOST:PORT", help="Where to answer /metrics for Prometheus.  [nowhere]")
 @click.option("--transport", type=click.Choice(["auto", "pyfuse3"]), default="auto", show_default=True)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def command(
@@ -78,6 +79,7 @@ def command(
     subdir: str,
     token_file: str | None,
     meta_timeout: float,
+    metrics: str | None,
     transport: str,
     log_format: str,
 ) -> None:
@@ -99,6 +101,10 @@ def command(
         access = None
     else:
         access = Access(token=read_token(token_file, env=os.environ), timeout_s=meta_timeout)
+    if metrics is not None:
+        from client.metrics_server import parse_listen
+
+        parse_listen(metrics)
     where = absolute(mountpoint)
     check_fuse()
     # First the holder: looking at a mount point whose daemon hangs would hang as well.
@@ -127,6 +133,7 @@ def command(
             allow_other=_may_allow_other(),
             log_path=log_path,
             access=access,
+            metrics=metrics,
         )
         return _be_the_mount(request, daemon, log_format=log_format)
 

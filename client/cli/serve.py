@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from typing import Final
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, Final
 
 import click
 
@@ -23,9 +25,23 @@ GRACE_S: Final = 2.0
 @click.option("--listen", metavar="HOST:PORT", help="Where to answer.")
 @click.option("--init", "is_init", is_flag=True, help="Prepare the store, print the admin token, and exit.")
 @click.option("--insecure", is_flag=True, help="Answer without encryption to other machines, too.")
+@click.option("--metrics", metavar="HOST:PORT", help="Where to answer /metrics for Prometheus.  [nowhere]")
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="For compaction.  [/var/cache/atoll/serve]")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
-def command(store_url: str, *, listen: str | None, is_init: bool, insecure: bool, log_format: str) -> None:
-    """Serve the volumes of a store at HOST:PORT until SIGTERM. Logs go to stderr."""
+def command(
+    store_url: str,
+    *,
+    listen: str | None,
+    is_init: bool,
+    insecure: bool,
+    metrics: str | None,
+    cache_dir: Path | None,
+    log_format: str,
+) -> None:
+    """Serve the volumes of a store at HOST:PORT until SIGTERM, and do their background work. Logs go to stderr.
+
+    The keys of the volumes' buckets come from the environment, as for a mount.
+    """
     import uvloop
 
     if is_init:
@@ -36,6 +52,10 @@ def command(store_url: str, *, listen: str | None, is_init: bool, insecure: bool
     host, separator, port = listen.rpartition(":")
     if not separator or not host or not port.isdigit() or int(port) >= 1 << 16:
         raise click.UsageError(f"--listen {listen} is no HOST:PORT: give for example 127.0.0.1:9410")
+    if metrics is not None:
+        from client.metrics_server import parse_listen
+
+        parse_listen(metrics)
     from metasvc.server.service import is_loopback
 
     if not is_loopback(host) and not insecure:
@@ -46,10 +66,10 @@ def command(store_url: str, *, listen: str | None, is_init: bool, insecure: bool
     from client import logs
     from client.daemon import raise_limits
 
-    logs.configure(None, volume=store_url, log_format="json" if log_format == "json" else "text")
+    log = logs.configure(None, volume=store_url, log_format="json" if log_format == "json" else "text")
     raise_limits()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(store_url, listen))
+        runner.run(_serve(store_url, listen, metrics=metrics, cache_dir=cache_dir, log=log))
 
 
 async def _prepare(store_url: str) -> str:
@@ -63,7 +83,10 @@ async def _prepare(store_url: str) -> str:
         await store.close()
 
 
-async def _serve(store_url: str, listen: str) -> None:
+async def _serve(store_url: str, listen: str, *, metrics: str | None, cache_dir: Path | None, log: Any) -> None:
+    from client.metrics_server import metrics_server
+    from client.volume import default_cache_dir
+    from metasvc.jobs.served import ServedJobs
     from metasvc.server.service import Service
     from metasvc.server.tokens import Tokens
     from metasvc.server.volumes import Volumes
@@ -75,15 +98,19 @@ async def _serve(store_url: str, listen: str) -> None:
     store = await open_store(store_url)
     try:
         tokens = await Tokens.load(store)
-        volumes = Volumes(store, address=f"the service at {listen}", objects_url=_objects_url(store_url))
+        jobs = ServedJobs(cache_dir=cache_dir or default_cache_dir(os.environ) / "serve", env=os.environ, log=log)
+        volumes = Volumes(store, address=f"the service at {listen}", objects_url=_objects_url(store_url), work=jobs.run)
         service = Service(volumes, tokens)
-        port = await service.start(listen)
-        say(f"serving {store_url} at {listen.rpartition(':')[0]}:{port}, pid {os.getpid()}")
-        try:
+        async with AsyncExitStack() as stack:
+            if metrics is not None:
+                stack.enter_context(metrics_server(metrics, volumes.metrics.text))
+            stack.push_async_callback(volumes.close)
+            port = await service.start(listen)
+            stack.push_async_callback(service.stop, grace_s=GRACE_S)
+            opening = asyncio.create_task(volumes.open_all(), name="opening of all volumes")
+            stack.callback(opening.cancel)
+            say(f"serving {store_url} at {listen.rpartition(':')[0]}:{port}, pid {os.getpid()}")
             await stop.wait()
-        finally:
-            await service.stop(grace_s=GRACE_S)
-            await volumes.close()
     finally:
         await store.close()
 

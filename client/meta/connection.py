@@ -142,8 +142,8 @@ class SessionConnection:
 
     @property
     def session_id(self) -> SessionId:
-        """Return the session's number; another one after the service has ended the session."""
-        return SessionId(self._welcome.session_id)
+        """Return the session's number: 0 after the service has ended the session, and another one when the next has begun."""
+        return SessionId(self._hello.session_id)
 
     @property
     def format(self) -> VolumeFormat:

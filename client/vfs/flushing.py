@@ -142,9 +142,7 @@ class Flusher:
                 delay_s = min(_RETRY_MAX_S, _RETRY_FIRST_S * 2.0 ** (retry.failures - 1))
                 retry.not_before_s = self._clock.monotonic_s() + delay_s
                 kept = "flush failed, the data are kept" if file.is_dirty else "flush failed"
-                self._log.warning(
-                    kept, inode=file.inode.ino, retry_s=delay_s, error=str(error)
-                )
+                self._log.warning(kept, inode=file.inode.ino, retry_s=delay_s, error=str(error))
         else:
             if retry is not None:
                 retry.failures, retry.may_pass = 0, False

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import errno as E
+import math
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -369,14 +370,16 @@ class Vfs:
 
     async def _capability(self, ino: Ino) -> bytes:
         file = self._files.get(ino)
-        if file is None or self.options.attr_timeout_s < _SOLE_S:
-            return await self._meta.getxattr(ino, xattrs.CAPABILITY)
-        if file.lacks_capability:
+        now_s = self._clock.monotonic_s()
+        if file is not None and now_s < file.no_capability_until_s:
             _refuse(E.ENODATA)
+        changes = self._changes
         try:
             return await self._meta.getxattr(ino, xattrs.CAPABILITY)
         except FsError as error:
-            file.lacks_capability = error.errno == E.ENODATA
+            # Not if one was set while this was asked.
+            if file is not None and error.errno == E.ENODATA and changes == self._changes:
+                file.no_capability_until_s = now_s + self.options.attr_timeout_s
             raise
 
     async def _virtual_xattr(self, ino: Ino, name: bytes) -> bytes:
@@ -409,7 +412,7 @@ class Vfs:
         self._changed()
         file = self._files.get(ino)
         if file is not None:
-            file.lacks_capability = False
+            file.no_capability_until_s = -math.inf
 
     async def removexattr(self, caller: Caller, ino: Ino, name: bytes) -> None:
         """Remove an attribute. ENODATA; EPERM for `user.atoll.*`."""
@@ -447,7 +450,10 @@ class Vfs:
         self._changed()
         if not opened.inode.size_bytes and self._files.get(opened.inode.ino) is None:
             flags &= ~os.O_TRUNC  # new, or empty: nothing to cut off, here or pending
-        return await self._opened(caller, opened, flags)
+        handle = await self._opened(caller, opened, flags)
+        if opened.is_new and (file := self._files.get(opened.inode.ino)) is not None:
+            file.no_capability_until_s = self._clock.monotonic_s() + self.options.attr_timeout_s
+        return handle
 
     async def _opened(self, caller: Caller, opened: OpenFile, flags: int) -> Handle:
         file, is_same = self._files.opened(opened)

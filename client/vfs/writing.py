@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -173,9 +174,9 @@ class Writing:
         "committed",
         "flushing",
         "inode",
-        "lacks_capability",
         "losses",
         "mtime_ns",
+        "no_capability_until_s",
         "pending",
         "size",
         "sources",
@@ -194,14 +195,14 @@ class Writing:
         """The length as applications see it, unflushed writes included."""
         self.mtime_ns: int | None = None
         """Time of the last write that is not committed; None if the committed mtime holds."""
-        self.lacks_capability = False
-        """Whether `security.capability` is known not to be set: the kernel asks for it before each write(2)."""
+        self.no_capability_until_s = -math.inf
+        """Until when `security.capability` is known not to be set: the kernel asks for it before each write(2)."""
         self.losses = 0
         """How often pending slices were lost with the session that they belonged to."""
         self.changing = asyncio.Lock()
         self.flushing = asyncio.Lock()
         self._current: PendingSlice | None = None
-        self._granted_end = opened.inode.size_bytes
+        self._granted_end = max(opened.inode.size_bytes, opened.promised_end)
         self._committed_size = opened.inode.size_bytes
         self._size_epoch = opened.inode.size_epoch
         self._commit: asyncio.Task[None] | None = None

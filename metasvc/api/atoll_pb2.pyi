@@ -1075,6 +1075,8 @@ class Reply(_message.Message):
     FIRST_FIELD_NUMBER: _builtins.int
     STATFS_FIELD_NUMBER: _builtins.int
     OPENS_FIELD_NUMBER: _builtins.int
+    PROMISED_END_FIELD_NUMBER: _builtins.int
+    IS_NEW_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     end: _builtins.bool
     value: _builtins.bytes
@@ -1082,6 +1084,10 @@ class Reply(_message.Message):
     first: _builtins.int
     opens: _builtins.bool
     """The request opened the inode of the reply."""
+    promised_end: _builtins.int
+    """Up to where the file that was opened may grow without a reserve."""
+    is_new: _builtins.bool
+    """The file that was opened was made by this request."""
     @_builtins.property
     def failure(self) -> Global___Failure:
         """Set if the operation failed. Nothing else is set then."""
@@ -1110,10 +1116,12 @@ class Reply(_message.Message):
         first: _builtins.int = ...,
         statfs: Global___StatFsReply | None = ...,
         opens: _builtins.bool = ...,
+        promised_end: _builtins.int = ...,
+        is_new: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "inodes", b"inodes", "map", b"map", "statfs", b"statfs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "end", b"end", "failure", b"failure", "first", b"first", "inodes", b"inodes", "map", b"map", "names", b"names", "number", b"number", "opens", b"opens", "statfs", b"statfs", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "end", b"end", "failure", b"failure", "first", b"first", "inodes", b"inodes", "is_new", b"is_new", "map", b"map", "names", b"names", "number", b"number", "opens", b"opens", "promised_end", b"promised_end", "statfs", b"statfs", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -152,11 +152,12 @@ def put_open(answer: OpenFile, into: pb.Reply) -> None:
     """Write what operations answer that return an open file."""
     put_inodes([answer.inode], into.inodes)
     put_map(answer.map, into.map)
+    into.promised_end, into.is_new = answer.promised_end, answer.is_new
 
 
 def open_of(reply: pb.Reply) -> OpenFile:
     """Read what open and create answer."""
-    return OpenFile(inode_of(reply), map_of(reply.map))
+    return OpenFile(inode_of(reply), map_of(reply.map), reply.promised_end, reply.is_new)
 
 
 # -- what requests carry --------------------------------------------------------------------------------------------------

@@ -30,6 +30,11 @@ VOLUME_RESERVATION = Ino(0)
 """The key of the volume itself where reservations are kept by quota."""
 
 
+def is_limited(tx: Tx) -> bool:
+    """Return whether anything limits the bytes of the volume or of a part of it."""
+    return bool(tx.around.format.capacity_bytes) or tx.quotas_exist()
+
+
 def quotas_above(tx: Tx, directory: Ino) -> list[Quota]:
     """Return the quotas that a name in this directory counts for: its own and those of its ancestors."""
     if not tx.quotas_exist():

@@ -64,6 +64,8 @@ class Committer:
         self.batches_total = 0
         self.changes_total = 0
         self.commit_ns_total = 0
+        self.observe: Callable[[int, float], None] | None = None
+        """Told of each batch that is durable: its rows, and the seconds that the store took."""
         rows.durable_batch = owner.ownership.last_batch
 
     def add(self, changes: Mapping[Table, Mapping[Any, Row | None]], fresh: list[Any]) -> int:
@@ -139,7 +141,10 @@ class Committer:
             began = loop.time()
             try:
                 await self._store.commit(self._owner.ownership, batch.number, rows_batch)
-                self.commit_ns_total += int((loop.time() - began) * 1e9)
+                took_s = loop.time() - began
+                self.commit_ns_total += int(took_s * 1e9)
+                if self.observe is not None:
+                    self.observe(sum(len(rows) for rows in batch.changes.values()), took_s)
                 return
             except (Fenced, StoreRefused):
                 raise

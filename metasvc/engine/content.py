@@ -68,7 +68,8 @@ def sustain(tx: Tx, session_id: SessionId, inode: Inode) -> None:
 
 
 def _opened(tx: Tx, inode: Inode) -> OpenFile:
-    return OpenFile(inode, _map_of(tx, inode, 0, MAP_PAGE_CHUNKS * CHUNK_BYTES))
+    found = _map_of(tx, inode, 0, MAP_PAGE_CHUNKS * CHUNK_BYTES)
+    return OpenFile(inode, found, promised_end=0 if accounts.is_limited(tx) else MAX_FILE_BYTES)
 
 
 def _map_of(tx: Tx, inode: Inode, start: int, end: int) -> FileMap:

@@ -110,8 +110,8 @@ class Engine:
         engine = cls(store, owner, memory_bytes=memory_bytes, clock_ns=clock_ns)
         try:
             await engine.rows.load_resident()
-            engine._next_ino = engine._counter(NEXT_INO)
-            engine._next_slice = engine._counter(NEXT_SLICE)
+            engine._next_ino = engine.counter(NEXT_INO)
+            engine._next_slice = engine.counter(NEXT_SLICE)
             engine._renewal = asyncio.create_task(engine._renew(), name="metasvc-owner")
             await engine._load_sessions()
             if not keep_sessions:
@@ -175,7 +175,8 @@ class Engine:
             raise self.failure
         self.owner.check()
 
-    def _counter(self, name: str) -> int:
+    def counter(self, name: str) -> int:
+        """Return a counter of the volume."""
         row: Counter | None = self.rows.resident_get(COUNTER, name)
         return row.value if row else 0
 
@@ -263,6 +264,10 @@ class Engine:
             yield
         finally:
             self._all_returned.set()
+
+    async def sessions_returned(self) -> None:
+        """Wait until nobody waits for sessions any more."""
+        await self._all_returned.wait()
 
     # -- what rules ask (tx.Surroundings) --------------------------------------------------------------
 

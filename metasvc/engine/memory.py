@@ -138,6 +138,11 @@ class Rows:
         self.loads_total = 0
         self.evicted_generations_total = 0
 
+    @property
+    def used_bytes(self) -> int:
+        """Return about how much the rows that were used lately take; the older half is not counted."""
+        return self._size.young_bytes
+
     # -- looking up -----------------------------------------------------------------------------------
 
     def get(self, table: Table, key: Any) -> Any:

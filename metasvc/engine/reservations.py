@@ -54,8 +54,7 @@ class Reservations:
         inode = regular(tx, ino)
         if end > MAX_FILE_BYTES:
             refuse(errno.EFBIG)
-        limited = bool(tx.around.format.capacity_bytes) or tx.quotas_exist()
-        if not limited:
+        if not accounts.is_limited(tx):
             return MAX_FILE_BYTES
         promise = self._files.get(ino)
         have = max(inode.space_bytes, promise.end_bytes if promise else 0)
@@ -74,8 +73,7 @@ class Reservations:
     def restore(self, tx: Tx, ino: Ino, end: int) -> None:
         """Promise again what an earlier owner promised, as far as there is room: it was kept free. A rule as reserve()."""
         inode: Inode | None = tx.get(INODE, ino)
-        limited = bool(tx.around.format.capacity_bytes) or tx.quotas_exist()
-        if inode is None or not inode.is_file or not limited:
+        if inode is None or not inode.is_file or not accounts.is_limited(tx):
             return
         promise = self._files.get(ino)
         have = max(inode.space_bytes, promise.end_bytes if promise else 0)

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from chunkstore.geometry import MAX_FILE_BYTES
 from metasvc.engine import attributes, content, namespace
-from metasvc.engine.accounts import USED_BYTES, USED_INODES, quotas_above
+from metasvc.engine.accounts import USED_BYTES, USED_INODES, is_limited, quotas_above
 from metasvc.engine.engine import Engine
 from metasvc.engine.listing import Listing
 from metasvc.engine.tx import Tx, refuse
@@ -195,7 +195,8 @@ class EngineSession:
                         refuse(E.EISDIR)
                     return content.open_file(tx, found.ino)
             made = namespace.make(tx, caller, parent, name, mode=0o100000 | (mode & 0o7777))
-            return OpenFile(made, FileMap(0, [], {}, 0, MAX_FILE_BYTES))
+            promised_end = 0 if is_limited(tx) else MAX_FILE_BYTES
+            return OpenFile(made, FileMap(0, [], {}, 0, MAX_FILE_BYTES), promised_end, is_new=True)
 
         answer: OpenFile = await self._run(rule, then=self._opened, record=self._recorder(caller))
         return answer
@@ -211,6 +212,8 @@ class EngineSession:
         return await self._engine.allocate_slices(self._session_id, count)
 
     async def reserve(self, ino: Ino, *, end: int) -> int:
+        # It changes no row, so it would not wait: and give away what sessions were promised that have not returned yet.
+        await self._engine.sessions_returned()
         granted: int = await self._run(self._engine.reservations.reserve, ino, end)
         return granted
 

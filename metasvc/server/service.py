@@ -126,7 +126,11 @@ class Service:
             self.connections.discard(connection)
 
     async def _administer(self, request: pb.AdminRequest, context: Context) -> Message:
-        return await administer((await self._volume(context)).admin, request)
+        volume = await self._volume(context)
+        reply = await administer(volume.admin, request)
+        if reply.HasField("status"):
+            reply.status.counters.update(volume.job_counters())
+        return reply
 
     async def _check(self, data: bytes, context: Context) -> AsyncIterator[bytes]:
         await self._authorize(context)

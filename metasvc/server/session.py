@@ -26,6 +26,7 @@ from metasvc.api import wire
 from metasvc.engine import Engine, EngineSession
 from metasvc.errors import Fenced, FsError
 from metasvc.model import Caller, Ino, Replies, SessionId
+from metasvc.server.metrics import ServiceMetrics
 from metasvc.server.operations import OPERATIONS, Operation
 from metasvc.server.replies import ReplyLog, framed
 
@@ -34,6 +35,8 @@ MAX_OUTSTANDING: Final = 256
 WINDOW: Final = 1024
 """Numbers above the lowest that is not confirmed by which requests may run ahead: it bounds the replies that are kept."""
 
+SLOW_S: Final = 5.0
+"""Requests that take longer are logged."""
 MAX_REPLY_BYTES: Final = 60 * 1024 * 1024
 """Clients take messages of 64 MiB. Only the map of a file with thousands of small slices could be larger."""
 
@@ -57,9 +60,18 @@ class Outlet(Protocol):
 class ServedSession(EngineSession):
     """A session whose client is reached by messages."""
 
-    def __init__(self, engine: Engine, session_id: SessionId, *, secret: bytes, stored: Replies | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        session_id: SessionId,
+        *,
+        secret: bytes,
+        stored: Replies | None = None,
+        metrics: ServiceMetrics | None = None,
+    ) -> None:
         """Take over a session that is in the store."""
         super().__init__(engine, session_id)
+        self._metrics = metrics
         self.secret = secret
         self.attaching = asyncio.Lock()
         """Held while a connection takes the session over."""
@@ -67,7 +79,6 @@ class ServedSession(EngineSession):
         self.is_ending = False
         self.heard_s = time.monotonic()
         self.requests_total = 0
-        self.repeated_total = 0
         self._replies = ReplyLog(session_id, stored)
         self._running: dict[int, asyncio.Task[None]] = {}
         self._puts: dict[int, Callable[[Any, pb.Reply], None]] = {}
@@ -118,7 +129,8 @@ class ServedSession(EngineSession):
         name = request.WhichOneof("operation")
         kept = self._replies.get(number)
         if kept is not None:
-            self.repeated_total += 1
+            if self._metrics is not None:
+                self._metrics.observe_repeated()
             self._send(kept)
             return
         operation = None if name is None else OPERATIONS.get(name)
@@ -126,12 +138,13 @@ class ServedSession(EngineSession):
             failure = FsError(errno.ENOSYS, "this service does not know the operation: upgrade it")
             self._send(framed(_failed(number, failure)))
             return
-        work = self._run_request(number, operation, getattr(request, str(name)))
+        work = self._run_request(number, str(name), operation, getattr(request, str(name)))
         task = asyncio.get_running_loop().create_task(work, name=f"{name} of session {self._session_id}")
         self._running[number] = task
         task.add_done_callback(lambda _: self._running.pop(number, None))
 
-    async def _run_request(self, number: int, operation: Operation, message: Any) -> None:
+    async def _run_request(self, number: int, name: str, operation: Operation, message: Any) -> None:
+        began_s, failed = time.monotonic(), True
         caller = wire.caller_of(message.caller, number) if hasattr(message, "caller") else Caller(request_id=number)
         self._puts[number] = operation.put
         try:
@@ -144,13 +157,21 @@ class ServedSession(EngineSession):
                 return
             answer = framed(_failed(number, error))
         except Exception as error:
-            log.exception("request %d of session %d failed unexpectedly", number, self._session_id, exc_info=error)
+            log.exception(
+                "request %d (%s) of session %d failed unexpectedly", number, name, self._session_id, exc_info=error
+            )
             answer = framed(_failed(number, AtollError(f"the metadata service failed unexpectedly: {error!r}")))
         else:
             kept = self._replies.get(number)
             answer = framed(_done(number, operation.put, result)) if kept is None else kept
+            failed = False
         finally:
             del self._puts[number]
+        duration_s = time.monotonic() - began_s
+        if self._metrics is not None:
+            self._metrics.observe_request(name, duration_s, failed=failed)
+        if duration_s > SLOW_S:
+            log.warning("request %d (%s) of session %d took %.1f s", number, name, self._session_id, duration_s)
         self._send(answer)
 
     def _recorder(self, caller: Caller) -> Callable[[Any], Replies] | None:
@@ -169,7 +190,9 @@ class ServedSession(EngineSession):
             # Sent, it would end the stream, and be asked for again on the next one, for ever.
             number = pb.FromService.FromString(message).replies[0].number
             log.error("session %d: a reply of %d bytes is too large to be sent", self._session_id, len(message))
-            message = framed(_failed(number, AtollError("the answer is too large; files are compacted in the background")))
+            message = framed(
+                _failed(number, AtollError("the answer is too large; files are compacted in the background"))
+            )
         if self.outlet is not None:
             self.outlet.send(message)
 

@@ -18,15 +18,17 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from chunkstore.errors import AtollError
 from metasvc.engine import Engine, EngineAdmin
+from metasvc.engine.accounts import USED_BYTES, USED_INODES
 from metasvc.engine.engine import DEFAULT_MEMORY_BYTES
 from metasvc.model import Ino, SessionId, VolumeFormat
+from metasvc.server.metrics import ServiceMetrics
 from metasvc.server.session import ServedSession
 from metasvc.store import Store, VolumeStore
 from metasvc.store.tables import REPLIES
@@ -39,7 +41,13 @@ RETURN_S: Final = 10.0
 """So long a restarted service waits for the clients of before until it changes anything."""
 _LOOK_S: Final = 1.0
 
+if TYPE_CHECKING:
+    from metasvc.jobs.schedule import JobState
+
 T = TypeVar("T")
+
+Work = Callable[["Volume"], Coroutine[None, None, None]]
+"""What is to be done for a volume while it is open."""
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +61,15 @@ class SessionEnded(AtollError):
 class Volume:
     """One open volume."""
 
-    def __init__(self, store: VolumeStore, engine: Engine, *, expiry_s: float, objects_url: str) -> None:
+    def __init__(
+        self,
+        store: VolumeStore,
+        engine: Engine,
+        *,
+        expiry_s: float,
+        objects_url: str,
+        metrics: ServiceMetrics | None = None,
+    ) -> None:
         """Take over what is open."""
         self._objects_url = objects_url
         self.engine = engine
@@ -62,6 +78,9 @@ class Volume:
         self.sessions: dict[SessionId, ServedSession] = {}
         self.expiry_s = expiry_s
         self.expired_total = 0
+        self.jobs: Callable[[], Mapping[str, JobState]] = dict
+        """What the jobs of the volume did, by name."""
+        self._metrics = metrics
         self._store = store
         self._absent: set[SessionId] = set()
         self._all_returned = asyncio.Event()
@@ -78,10 +97,14 @@ class Volume:
         expiry_s: float,
         return_s: float,
         objects_url: str = "",
+        work: Work | None = None,
+        metrics: ServiceMetrics | None = None,
     ) -> Volume:
-        """Own a volume. NotOwner while another process does."""
+        """Own a volume, and do its work. NotOwner while another process owns it."""
         engine = await Engine.open(store, address=address, memory_bytes=memory_bytes, keep_sessions=True)
-        volume = cls(store, engine, expiry_s=expiry_s, objects_url=objects_url)
+        volume = cls(store, engine, expiry_s=expiry_s, objects_url=objects_url, metrics=metrics)
+        if metrics is not None:
+            engine.committer.observe = metrics.observe_commit
         try:
             await volume._take_up_sessions()
         except BaseException:
@@ -90,6 +113,8 @@ class Volume:
         if volume._absent:
             volume._start(volume._wait_for_return(return_s), name="return of sessions")
         volume._start(volume._expire(), name="expiry of sessions")
+        if work is not None:
+            volume._start(work(volume), name="jobs")
         return volume
 
     @property
@@ -97,6 +122,33 @@ class Volume:
         """Return the format as clients need it: the bucket of a volume that was made embedded has a full URL."""
         form = self.engine.format
         return replace(form, bucket_url=self._objects_url) if form.bucket_url == EMBEDDED_BUCKET else form
+
+    def gauges(self) -> dict[str, float]:
+        """Return what there is now, by the names of metasvc.server.metrics without their prefix."""
+        rows = self.engine.rows
+        sessions = list(self.sessions.values())
+        return {
+            "sessions": len(sessions),
+            "sessions_connected": sum(session.outlet is not None for session in sessions),
+            "sessions_expired": self.expired_total,
+            "requests_outstanding": sum(session.outstanding for session in sessions),
+            "memory_bytes": rows.used_bytes,
+            "memory_limit_bytes": rows.limit_bytes,
+            "loads": rows.loads_total,
+            "used_bytes": self.engine.counter(USED_BYTES),
+            "used_inodes": self.engine.counter(USED_INODES),
+        }
+
+    def job_counters(self) -> dict[str, int]:
+        """Return what the jobs did, as numbers with names."""
+        found: dict[str, int] = {}
+        for name, state in self.jobs().items():
+            found |= {
+                f"job_{name}_runs_total": state.runs,
+                f"job_{name}_failures_total": state.failures,
+                f"job_{name}_done_total": state.done,
+            }
+        return found
 
     def _start(self, work: Coroutine[None, None, None], *, name: str) -> None:
         self._tasks.append(asyncio.create_task(work, name=f"{name}, volume {self.name}"))
@@ -109,7 +161,9 @@ class Volume:
                 continue
             session_id = row.session_id
             stored = await self.engine.run(lambda tx, number=session_id: tx.get(REPLIES, number))
-            self.sessions[session_id] = ServedSession(self.engine, session_id, secret=row.secret, stored=stored)
+            self.sessions[session_id] = ServedSession(
+                self.engine, session_id, secret=row.secret, stored=stored, metrics=self._metrics
+            )
             self._absent.add(session_id)
 
     async def _wait_for_return(self, return_s: float) -> None:
@@ -142,7 +196,9 @@ class Volume:
     async def _begin(self, host: str, pid: int, mountpoint: str) -> ServedSession:
         secret = secrets.token_bytes(16)
         session_id = await self.engine.begin_session(host=host, pid=pid, mountpoint=mountpoint, secret=secret)
-        session = self.sessions[session_id] = ServedSession(self.engine, session_id, secret=secret)
+        session = self.sessions[session_id] = ServedSession(
+            self.engine, session_id, secret=secret, metrics=self._metrics
+        )
         return session
 
     def find(self, session_id: SessionId, secret: bytes) -> ServedSession:
@@ -230,9 +286,15 @@ class Volumes:
         expiry_s: float = EXPIRY_S,
         return_s: float = RETURN_S,
         objects_url: str = "",
+        work: Work | None = None,
     ) -> None:
-        """``address`` is what other processes are told of the owner; ``objects_url`` where the default bucket lies."""
+        """``address`` is what other processes are told of the owner; ``objects_url`` where the default bucket lies.
+
+        ``work`` is done for each volume while it is open.
+        """
         self._objects_url = objects_url
+        self._work = work
+        self.metrics = ServiceMetrics(lambda: self)
         self.store = store
         self.expiry_s = expiry_s
         self._return_s = return_s
@@ -265,6 +327,8 @@ class Volumes:
                     expiry_s=self.expiry_s,
                     return_s=self._return_s,
                     objects_url=self._objects_url,
+                    work=self._work,
+                    metrics=self.metrics,
                 )
             except BaseException:
                 await store.close()
@@ -275,6 +339,14 @@ class Volumes:
             watch.add_done_callback(self._watches.discard)
             log.info("volume %s is open, epoch %d", volume.name, volume.engine.owner.ownership.epoch)
             return volume
+
+    async def open_all(self) -> None:
+        """Open every volume of the store, one after the other, so that its work is done although no client comes."""
+        for form in await self.store.list_volumes():
+            try:
+                await self.get(form.tenant, form.name)
+            except AtollError as error:
+                log.warning("volume %s/%s cannot be opened: %s", form.tenant, form.name, error)
 
     async def _watch(self, key: tuple[str, str], volume: Volume) -> None:
         await volume.engine.failed.wait()

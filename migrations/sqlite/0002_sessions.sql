@@ -1,6 +1,6 @@
 -- Sessions over the wire, and what a service keeps beside its volumes. Conventions as in 0001.
 
-ALTER TABLE session ADD COLUMN secret BLOB NOT NULL DEFAULT x''; -- whoever knows it may go on with the session; empty: a session in the owner's process
+ALTER TABLE session ADD COLUMN IF NOT EXISTS secret BLOB NOT NULL DEFAULT x''; -- whoever knows it may go on with the session; empty: a session in the owner's process
 
 -- Each run of slice ids that was handed out to a session. Only that session may commit them, and only while it has a row.
 CREATE TABLE IF NOT EXISTS slice_range (

@@ -6,7 +6,9 @@ import asyncio
 import os
 import random
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,13 @@ import structlog
 
 from chunkstore.errors import BucketUnavailable
 from chunkstore.geometry import CHUNK_BYTES, Buffer, SliceId
-from chunkstore.slices import Durability, SliceInfo
+from chunkstore.slices import ChunkStore, Durability, SliceInfo
 from client.address import EmbeddedAddress
-from client.compaction import compact
-from client.jobs import JobRates, Jobs, settle_staged
+from client.admin.gc import delete_slices
+from client.staged import settle_staged
+from metasvc.api import MetaClient
+from metasvc.jobs.compaction import compact
+from metasvc.jobs.schedule import JobRates, Jobs
 from metasvc.model import ROOT_INO
 from tests.client.cli.commands import done
 from tests.client.volumes import Opened, opened
@@ -47,6 +52,17 @@ class Log:
 
     def __getattr__(self, level: str) -> Callable[..., None]:
         return lambda event, **_values: self.events.append((level, event))
+
+
+def jobs_of(volume: Opened, log: Log, rates: JobRates | None = None) -> Jobs:
+    """Return the jobs of a volume as its mount runs them."""
+
+    @asynccontextmanager
+    async def writing() -> AsyncIterator[tuple[MetaClient, ChunkStore]]:
+        yield volume.meta, volume.chunks
+
+    inner = volume.volume
+    return Jobs(inner.admin, lambda: inner.format, partial(delete_slices, inner), writing, log, rates or JobRates())
 
 
 def on(directory: Path, test: Callable[[Opened], Awaitable[None]], **options: Any) -> None:
@@ -142,7 +158,7 @@ def test_a_writer_that_comes_in_between_wins_and_the_new_slice_becomes_garbage(d
         finally:
             admin.replace_refs = replace  # type: ignore[method-assign]
         assert (await volume.read(ino))[100:105] == b"newer"
-        jobs = Jobs(volume.volume, volume.meta, volume.chunks, log=Log())
+        jobs = jobs_of(volume, Log())
         objects = len(volume.objects())
         await jobs.collect()
         assert len(volume.objects()) == objects - 1  # 4 MiB in one block
@@ -185,7 +201,7 @@ def test_the_jobs_compact_expire_and_collect_until_nothing_is_left(directory: Pa
         await volume.meta.unlink(volume.caller(0, 0), ROOT_INO, b"gone")
         log = Log()
         rates = JobRates(garbage_s=0.05, trash_s=0.05, compaction_s=0.05, compaction_pause_s=0)
-        working = asyncio.create_task(Jobs(volume.volume, volume.meta, volume.chunks, log=log, rates=rates).run())
+        working = asyncio.create_task(jobs_of(volume, log, rates).run())
         async with asyncio.timeout(60):
             # 200 pieces are 9.5 MiB: three blocks of one slice in the end.
             while len(volume.objects()) != 3:  # noqa: ASYNC110 - a directory has no event
@@ -199,30 +215,34 @@ def test_the_jobs_compact_expire_and_collect_until_nothing_is_left(directory: Pa
 
 
 def test_a_job_that_fails_is_logged_and_tried_again(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.jobs.FAILURE_REST_S", 0.0)
+    monkeypatch.setattr("metasvc.jobs.schedule.FAILURE_REST_S", 0.0)
 
     async def test(volume: Opened) -> None:
         log = Log()
         rates = JobRates(garbage_s=0.01, trash_s=60, compaction_s=60)
-        jobs = Jobs(volume.volume, volume.meta, volume.chunks, log=log, rates=rates)
+        jobs = jobs_of(volume, log, rates)
         failures: list[Exception] = [BucketUnavailable("away"), ValueError("a bug")]
         done_again = asyncio.Event()
 
-        async def collect() -> None:
+        async def delete(_rows: object) -> None:
             if failures:
                 raise failures.pop(0)
             done_again.set()
 
-        jobs.collect = collect  # type: ignore[method-assign]
+        jobs.delete = delete
+        gone = await volume.create(b"gone")
+        await volume.write(gone, 0, os.urandom(MIB))
+        await volume.meta.unlink(volume.caller(0, 0), ROOT_INO, b"gone")
         working = asyncio.create_task(jobs.run())
         async with asyncio.timeout(30):
             await done_again.wait()
         working.cancel()
         await asyncio.gather(working, return_exceptions=True)
-        assert log.events == [
+        assert log.events[:2] == [
             ("warning", "a job failed and is tried again"),
             ("exception", "a job failed unexpectedly and is tried again"),
         ]
+        assert jobs.states["garbage"].failures == 2
 
     on(directory, test)
 
@@ -248,7 +268,7 @@ def test_staged_slices_that_were_never_committed_are_given_up(directory: Path) -
         staged = await volume.chunks.recover()
         assert len(staged) == 2
         await settle_staged(
-            volume.volume, volume.chunks, dict.fromkeys(staged, MIB), staged, log=structlog.get_logger()
+            volume.volume.admin, volume.chunks, dict.fromkeys(staged, MIB), staged, log=structlog.get_logger()
         )
         await volume.chunks.drain(timeout_s=30)
         assert volume.chunks.pending_bytes == 0

@@ -6,7 +6,7 @@ import sqlite3
 
 import pytest
 
-from migrations import load_migrations, split_statements
+from migrations import apply, load_migrations, split_statements
 
 
 def test_migrations_of_sqlite_are_numbered_from_one() -> None:
@@ -20,8 +20,7 @@ def test_migrations_may_be_applied_twice() -> None:
     schemas = []
     for _ in range(2):
         for migration in load_migrations("sqlite"):
-            for statement in migration.statements:
-                connection.execute(statement)
+            apply(connection, migration)
         schemas.append(connection.execute("SELECT * FROM sqlite_schema ORDER BY name").fetchall())
     assert schemas[0] == schemas[1]
     connection.close()

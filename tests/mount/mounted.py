@@ -168,7 +168,16 @@ def mounted(
     """Format a volume, embedded under `directory` unless an address is given, mount it; unmount it, and demand a clean fsck.
 
     If the body raised, the volume is unmounted all the same, by force if need be, and the body's exception is what is seen.
+    With ATOLL_TEST_METADATA=service in the environment it is the volume of a service.
     """
+    if address is None and os.environ.get("ATOLL_TEST_METADATA") == "service":
+        from tests.mount.service import served_and_mounted
+
+        with served_and_mounted(
+            directory, *format_options, mount_options=mount_options, environment=environment
+        ) as volume:
+            yield volume
+        return
     cache_dir = directory / "cache"
     cache_dir.mkdir()
     # Not under `directory`: pytest's own are of mode 0700, and a database server refuses to run as root.

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -27,6 +27,7 @@ class ServiceProcess:
     port: int
     token: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
+    options: Sequence[str] = ()
     _process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -48,9 +49,10 @@ class ServiceProcess:
 
     def start(self) -> None:
         """Start it; it takes connections when this returns."""
+        options = ("--cache-dir", f"{self.directory}/serve-cache", *self.options)
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [ATOLL, "serve", "--store", self.store, "--listen", f"{HOST}:{self.port}"],
+                [ATOLL, "serve", "--store", self.store, "--listen", f"{HOST}:{self.port}", *options],
                 env={**os.environ, **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -88,9 +90,11 @@ class ServiceProcess:
 
 
 @contextlib.contextmanager
-def service(directory: Path, *, environment: Mapping[str, str] | None = None) -> Iterator[ServiceProcess]:
+def service(
+    directory: Path, *, options: Sequence[str] = (), environment: Mapping[str, str] | None = None
+) -> Iterator[ServiceProcess]:
     """Run a service with a store of its own under a directory."""
-    running = ServiceProcess(directory, free_ports(1)[0], environment=dict(environment or {}))
+    running = ServiceProcess(directory, free_ports(1)[0], environment=dict(environment or {}), options=options)
     running.prepare()
     try:
         running.start()
@@ -101,11 +105,35 @@ def service(directory: Path, *, environment: Mapping[str, str] | None = None) ->
 
 @contextlib.contextmanager
 def mounted_from(
-    running: ServiceProcess, directory: Path, *format_options: str, environment: Mapping[str, str] | None = None
+    running: ServiceProcess,
+    directory: Path,
+    *format_options: str,
+    mount_options: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[MountedVolume]:
     """Format a volume of a service and mount it; at the end it is unmounted and must be clean."""
     given = {**(environment or {}), "ATOLL_TOKEN": running.token}
-    with mounted(directory, *format_options, environment=given, address=running.address()) as volume:
+    address = running.address()
+    with mounted(directory, *format_options, mount_options=mount_options, environment=given, address=address) as volume:
+        yield volume
+
+
+@contextlib.contextmanager
+def served_and_mounted(
+    directory: Path, *format_options: str, mount_options: Sequence[str], environment: Mapping[str, str] | None
+) -> Iterator[MountedVolume]:
+    """Run a service for one volume, and mount that."""
+    place = directory / "service"
+    place.mkdir()
+    if "--bucket" not in format_options:
+        (place / "objects").mkdir()
+        format_options = (*format_options, "--bucket", f"file://{place}/objects")
+    with (
+        service(place, environment=environment) as running,
+        mounted_from(
+            running, directory, *format_options, mount_options=mount_options, environment=environment
+        ) as volume,
+    ):
         yield volume
 
 

@@ -203,7 +203,7 @@ def test_kills_of_service_mount_or_both_lose_nothing_and_repeat_nothing(
     tmp_path: Path, bucket: Bucket, seed: int, rounds: int
 ) -> None:
     with (
-        service(tmp_path) as running,
+        service(tmp_path, environment=bucket.environment) as running,
         mounted_from(
             running, tmp_path, "--bucket", bucket.url, "--trash-days", "0", environment=bucket.environment
         ) as volume,

@@ -21,7 +21,7 @@ from urllib.parse import quote
 from metasvc.errors import SchemaTooNew, StoreError, VolumeMissing
 from metasvc.store.sqlite.foreign_errors import BUSY_TIMEOUT_S, no_database, translated
 from metasvc.store.sqlite.log_room import LogRoom
-from migrations import load_migrations
+from migrations import apply, load_migrations
 
 __all__ = ["APPLICATION_ID", "WriterConnection", "connect_reader", "connect_writer", "prepare", "transaction"]
 
@@ -157,8 +157,7 @@ def _update(path: str) -> None:
         with transaction(connection):
             # Again, now that nobody else can write: another process may have been quicker.
             for migration in migrations[_version(connection, path, newest=len(migrations)) :]:
-                for statement in migration.statements:
-                    connection.execute(statement)
+                apply(connection, migration)
                 connection.execute(f"PRAGMA user_version = {migration.number}")
 
 

@@ -137,7 +137,7 @@ REFUSALS = {
         Refusal("fsck {cache}", r"no meta\.db: give the directory"),
         Refusal("gc {volume}/meta.db", r"no volume but a file: give the directory"),
         Refusal("mount {top}/absent {mnt}", r"make one with `atoll format"),
-        Refusal("status atoll://127.0.0.1:1/a/b", r"later version; give the directory"),
+        Refusal("status atoll://127.0.0.1:1/a", r"give atoll://HOST:PORT/TENANT/VOLUME"),
         Refusal("status s3://bucket", r"bucket URLs go to --bucket"),
         Refusal("status ''", r"give the directory"),
         Refusal("status {volume}", r"meta\.db", before=replace_database),

@@ -1,0 +1,137 @@
+"""When and how fast the jobs of a volume work, and what became of them.
+
+Owns one task for each job: it works, rests, and works again; an error is logged and the job rests longer. Everything that a
+job does may be cut off at any moment: what is left is found again in the metadata.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from chunkstore.errors import AtollError
+from chunkstore.slices import ChunkStore
+from metasvc.api import MetaClient
+from metasvc.api.admin import MetaAdmin
+from metasvc.jobs.collecting import DeleteSlices, collect_garbage, expire_trash
+from metasvc.jobs.compaction import compact
+from metasvc.model import VolumeFormat
+
+FAILURE_REST_S: Final = 60.0
+CHUNKS_AT_ONCE: Final = 16
+
+Writing = Callable[[], AbstractAsyncContextManager[tuple[MetaClient, ChunkStore]]]
+"""Opens a session, to which new slices belong, and the chunk store that they are written to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRates:
+    """How often each job looks for work, in seconds."""
+
+    garbage_s: float = 10.0
+    garbage_age_s: float = 0.0
+    """How long ago the last reference must have gone: readers elsewhere may still hold the map of before."""
+    trash_s: float = 300.0
+    compaction_s: float = 30.0
+    compaction_pause_s: float = 0.5
+    """Rest after each chunk: at most 128 MiB/s of reading and writing, in practice far less."""
+
+
+@dataclass(slots=True)
+class JobState:
+    """What one job did since the volume was opened."""
+
+    runs: int = 0
+    failures: int = 0
+    done: int = 0
+    """Objects deleted, entries of the trash removed, chunks compacted."""
+    last_error: str = ""
+
+
+@dataclass(slots=True)
+class Jobs:
+    """The background work of one volume."""
+
+    admin: MetaAdmin
+    volume_format: Callable[[], VolumeFormat]
+    """The format as it is now: how long the trash keeps may be changed."""
+    delete: DeleteSlices
+    writing: Writing
+    log: Any
+    """A structlog logger, bound to the volume."""
+    rates: JobRates = field(default_factory=JobRates)
+    states: dict[str, JobState] = field(default_factory=dict)
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        rates = self.rates
+        async with asyncio.TaskGroup() as tasks:
+            for name, work, rest_s in (
+                ("garbage", self.collect, rates.garbage_s),
+                ("trash", self.expire, rates.trash_s),
+                ("compaction", self.compact, rates.compaction_s),
+            ):
+                tasks.create_task(self._repeat(name, work, rest_s), name=f"job {name}")
+
+    async def _repeat(self, name: str, work: Callable[[], Awaitable[int]], rest_s: float) -> None:
+        state = self.states[name] = JobState()
+        while True:
+            await asyncio.sleep(rest_s)
+            try:
+                state.done += await work()
+                state.last_error = ""
+            except AtollError as error:
+                self.log.warning("a job failed and is tried again", job=name, code=error.code, error=str(error))
+                await self._failed(state, error)
+            except Exception as error:
+                # The edge of a job: logged, and the volume lives on.
+                self.log.exception("a job failed unexpectedly and is tried again", job=name)
+                await self._failed(state, error)
+            state.runs += 1
+
+    async def _failed(self, state: JobState, error: Exception) -> None:
+        state.failures += 1
+        state.last_error = str(error)
+        await asyncio.sleep(FAILURE_REST_S)
+
+    async def collect(self) -> int:
+        """Delete garbage; how many objects."""
+        block_bytes = self.volume_format().block_bytes
+        collected = await collect_garbage(
+            self.admin, self.delete, block_bytes=block_bytes, min_age_s=self.rates.garbage_age_s
+        )
+        if collected.objects:
+            self.log.info("garbage deleted", slices=collected.slices, objects=collected.objects)
+        return collected.objects
+
+    async def expire(self) -> int:
+        """Remove trash whose time is up; how many entries."""
+        removed = await expire_trash(self.admin, trash_days=self.volume_format().trash_days)
+        if removed:
+            self.log.info("trash expired", entries=removed)
+        return removed
+
+    async def compact(self) -> int:
+        """Compact chunks until none is left, or those that are left are being written; how many."""
+        total = 0
+        # Each look goes on behind the one before, so what it finds is worked on and not looked for again.
+        candidates = await self.admin.compaction_candidates(limit=CHUNKS_AT_ONCE)
+        if not candidates:
+            return total
+        async with self.writing() as (meta, chunks):
+            while candidates:
+                compacted = 0
+                for ino, chunk in candidates:
+                    if await compact(meta, self.admin, chunks, ino=ino, chunk=chunk):
+                        compacted += 1
+                    await asyncio.sleep(self.rates.compaction_pause_s)
+                if compacted:
+                    self.log.info("chunks compacted", chunks=compacted)
+                total += compacted
+                if compacted < len(candidates):
+                    break
+                candidates = await self.admin.compaction_candidates(limit=CHUNKS_AT_ONCE)
+        return total

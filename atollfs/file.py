@@ -2,11 +2,11 @@
 
 Owns position, buffering and what happens to files that nobody closes. Must not know paths, URLs or permissions.
 
-`RawFile` is io.RawIOBase over a descriptor: a call is a trip to the home loop and back (0.1 ms), a read comes back as bytes
-and is copied once, in the caller's thread. (Not by the loop into the caller's buffer: a caller that was interrupted may have
-freed it.) The classes that users get add the standard library's buffers, of `block_size`, so that small reads and writes
-cost no trip; what is larger than the buffer passes it by. There is no other cache of content: the vfs reads ahead, and keeps
-what it read in images on disk.
+`RawFile` is io.RawIOBase over a descriptor: a call is a trip to the home loop and back (0.1 ms). What is read comes back as
+bytes, what is written goes there as bytes: copied once, in the caller's thread. The loop never touches a caller's buffer, for
+a caller that was interrupted (Ctrl-C) does not stop the loop, and may have freed or changed it. The classes that users get
+add the standard library's buffers, of `block_size`, so that small reads and writes cost no trip; what is larger than the
+buffer passes it by. There is no other cache of content: the vfs reads ahead, and keeps what it read in images on disk.
 
 Threads. io's buffered classes lock themselves; RawFile adds nothing, as io.FileIO does not. The position is the file object's.
 
@@ -29,7 +29,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from atollfs.tree import Descriptor, as_os_error, read_range
+from atollfs.tree import PIECE_BYTES, Descriptor, as_os_error, read_range
 from atollfs.volumes import NotAfterFork, home_loop, note_open, on_home_loop, run_at_home
 from chunkstore.errors import AtollError
 from chunkstore.geometry import KIB, MIB, Buffer
@@ -167,15 +167,16 @@ class RawFile(io.RawIOBase):
         return data
 
     def write(self, data: Any) -> int:
-        """Write all of it."""
+        """Write at most 4 MiB of it; the number of bytes, as of raw files. (The buffered ones write all.)"""
         self._check(self._can_write, "writing")
-        view = memoryview(data).cast("B")
+        view = memoryview(data).cast("B")[:PIECE_BYTES]
         offset = None if self._appends else self._position
+        # Copied, because a caller that is interrupted here does not stop the loop, and goes on to use its buffer.
+        kept = bytes(view)
         if self._is_on_home_loop():
-            kept = bytes(view)
             self._defer(lambda: self._descriptor.write(offset, kept))
         else:
-            self._run(lambda: self._descriptor.write(offset, view))
+            self._run(lambda: self._descriptor.write(offset, kept))
         self._position += len(view)
         return len(view)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -56,8 +57,11 @@ class Identity:
 
 
 def umask() -> int:
-    """Return the umask of this process. Reads /proc: asking by umask(2) would change it for other threads."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+    """Return the umask of this process. Reads /proc: asking by umask(2) would change it for other threads.
+
+    0o022 where there is no /proc.
+    """
+    with suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
         for line in status:
             if line.startswith(_UMASK_FIELD):
                 return int(line[len(_UMASK_FIELD) :], 8)

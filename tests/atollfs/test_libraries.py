@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import h5py  # type: ignore[import-untyped]
 import numpy as np
@@ -24,13 +25,15 @@ def frame() -> pd.DataFrame:
     return pd.DataFrame({"number": numbers, "text": [f"row {n}" for n in numbers], "part": numbers % 3})
 
 
+def without_address(place: Place) -> dict[str, Any]:
+    """Return what storage_options need where the URL says which volume it is, as that of a service does."""
+    return {key: value for key, value in place.options.items() if "token" not in place.options or key != "address"}
+
+
 def test_pandas_writes_and_reads_parquet_and_csv_by_url(
     fs: AtollFileSystem, place: Place, here: str, frame: pd.DataFrame
 ) -> None:
-    options = place.options if "token" in place.options else {**place.options}
-    if "token" in options:
-        # The URL says which volume it is.
-        options = {key: value for key, value in options.items() if key != "address"}
+    options = without_address(place)
     url = fs.unstrip_protocol(here)
     frame.to_parquet(f"{url}/frame.parquet", storage_options=options)
     pd.testing.assert_frame_equal(pd.read_parquet(f"{url}/frame.parquet", storage_options=options), frame)
@@ -70,6 +73,9 @@ def test_zarr_writes_and_reads_an_array_in_chunks(place: Place, here: str) -> No
         group.create_array("one", data=np.arange(10))
         assert list(zarr.open_group(zarr.storage.FsspecStore(fs, path=f"{here}/group.zarr"), mode="r")) == ["one"]
         assert asyncio.run(fs._exists(f"{here}/array.zarr/zarr.json"))
+        options = without_address(place)
+        by_url = zarr.open_array(f"{fs.unstrip_protocol(here)}/array.zarr", mode="r", storage_options=options)
+        np.testing.assert_array_equal(by_url[:], values)
 
 
 def test_h5py_and_numpy_work_on_open_files(fs: AtollFileSystem, here: str) -> None:

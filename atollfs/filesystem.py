@@ -306,13 +306,18 @@ class AtollFileSystem(AsyncFileSystem):  # type: ignore[misc]
 
         await self._making_parents(path, lambda: self._ask(path, write))
 
-    async def _making_parents(self, path: str, call: Callable[[], Awaitable[T]]) -> T:
-        """Await a call; if a directory above is missing, and that is wanted, make it and call again."""
+    async def _making_parents(self, path: str, call: Callable[[], Awaitable[T]], *, source: str | None = None) -> T:
+        """Await a call; if a directory above is missing, and that is wanted, make it and call again.
+
+        Not if it is the ``source`` of a copy or rename that is missing.
+        """
         try:
             return await call()
         except FileNotFoundError:
             if not self.auto_mkdir or (above := self._parent(path)) == self.root_marker:
                 raise
+        if source is not None:
+            await self._ask(source, _exists_itself, os.fsencode(source))
         await self._makedirs(above, exist_ok=True)
         return await call()
 
@@ -488,14 +493,18 @@ class AtollFileSystem(AsyncFileSystem):  # type: ignore[misc]
         if await self._isdir(path1):
             await self._makedirs(path2, exist_ok=True)
             return
-        await self._ask(path1, Tree.stat, os.fsencode(path1))
-        await self._making_parents(path2, lambda: self._ask(path2, Tree.copy, os.fsencode(path1), os.fsencode(path2)))
+        await self._making_parents(
+            path2, lambda: self._ask(path2, Tree.copy, os.fsencode(path1), os.fsencode(path2)), source=path1
+        )
 
     async def _mv_file(self, path1: str, path2: str, **_: Any) -> None:
         """Rename, atomically: a file at the new name is replaced. OSError EXDEV between directories of other quotas."""
         path1, path2 = self._strip_protocol(path1), self._strip_protocol(path2)
-        await self._ask(path1, _exists_itself, os.fsencode(path1))
-        await self._making_parents(path2, lambda: self._ask(path2, Tree.rename, os.fsencode(path1), os.fsencode(path2)))
+        await self._making_parents(
+            path2, lambda: self._ask(path2, Tree.rename, os.fsencode(path1), os.fsencode(path2)), source=path1
+        )
+
+    mv_file = sync_wrapper(_mv_file)
 
     async def _mv(self, path1: str, path2: str) -> None:
         """Rename a file or directory, in one step; into a directory that is there, as mv(1) does."""

@@ -378,10 +378,13 @@ class Tree:
 
     async def rename(self, old: bytes, new: bytes) -> None:
         """Rename as rename(2): atomic, a file at the new name is replaced. EXDEV between directories with other quotas."""
-        directory, name, inode = await self._removable(old, refusal=E.EBUSY)
+        directory, name = await self._changeable(old, refusal=E.EBUSY)
         new_directory, new_name = await self._changeable(new, refusal=E.EBUSY)
         who = Identity.of_process()
         if who.uid:
+            inode = await self.vfs.lookup(directory.ino, name)
+            if not who.may_remove(directory, inode):
+                refuse(E.EPERM)
             if inode.is_dir and directory.ino != new_directory.ino and not who.may(inode, WRITE):
                 refuse(E.EACCES)
             try:

@@ -1,4 +1,4 @@
-"""Volumes for tests of atollfs: an embedded one and one of a real service, each formatted by the real command."""
+"""Volumes for tests of atollfs: an embedded one and one of a real service, each made by the real command's code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from click.testing import CliRunner
+
 from atollfs import AtollFileSystem
+from client.cli.format import command as format_command
 from tests.mount.mounted import atoll
 from tests.mount.service import ServiceProcess
 
@@ -40,10 +43,16 @@ def command(*arguments: str, token: str = "") -> str:
     return done.stdout
 
 
+def format_volume(*arguments: str, token: str = "") -> None:
+    """Run `atoll format …` in this process: half a second less than in one of its own."""
+    done = CliRunner().invoke(format_command, [*arguments, "--trash-days", "0"], env={"ATOLL_TOKEN": token})
+    assert done.exit_code == 0, done.output
+
+
 def embedded_place(directory: Path) -> Place:
     """Format an embedded volume."""
     address = directory / "volume"
-    command("format", str(address), "--trash-days", "0")
+    format_volume(str(address))
     return Place({"address": str(address), "cache_dir": str(directory / "cache")}, address / "objects")
 
 
@@ -52,5 +61,5 @@ def service_place(running: ServiceProcess, directory: Path) -> Place:
     bucket = directory / "bucket"
     bucket.mkdir()
     address = running.address(f"v{uuid.uuid4().hex[:12]}")
-    command("format", address, "--bucket", f"file://{bucket}", "--trash-days", "0", token=running.token)
+    format_volume(address, "--bucket", f"file://{bucket}", token=running.token)
     return Place({"address": address, "token": running.token, "cache_dir": str(directory / "cache")}, bucket)

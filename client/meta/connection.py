@@ -9,9 +9,10 @@ without a reply is sent again under its old number, in order. The service applie
 sent it was applied, or is applied before anything that comes after it, or was lost with the service; it is not sent again.
 
 A session that the service has ended (it heard nothing for too long, or lost its store) cannot go on. Another one is begun:
-requests that change something fail with ESTALE, because nobody can know whether they were applied; reads are asked again; what
-was open is registered anew, as far as it still exists. Slice ids of the old session are worthless then, which users of this
-see by the session's number.
+requests that change something and were sent fail, because nobody can know whether they were applied: with EIO, because the
+kernel repeats a system call on a path that answers ESTALE; commits, which belong to descriptors, with ESTALE. All others are
+asked in the new session; what was open is registered anew, as far as it still exists. Slice ids of the old session are
+worthless then, which users of this see by the session's number.
 
 Interleavings. All state belongs to the event loop. One task (`_run`) connects and reconnects. While a stream stands it has
 three children: a writer (requests that wait go out together), a reader (the only one that completes requests and counts
@@ -47,6 +48,8 @@ HELLO_S: Final = 20.0
 """How long the service may take to answer Hello: it may wait for requests of the session that are under way."""
 SILENCE: Final = 5
 """A stream on which nothing came for so many signs of life is given up."""
+SENT_WINDOW: Final = 1024
+"""No request goes out so far ahead of the lowest without a reply: the service would end the stream."""
 WINDOW: Final = 512
 """No request runs so far ahead of the lowest without a reply: the service keeps, and writes with each batch, all replies from
 there on (150 bytes each)."""
@@ -80,12 +83,15 @@ Stream = grpc.aio.StreamStreamCall[bytes, bytes]
 class _Pending:
     """A request without a reply."""
 
-    __slots__ = ("began_s", "future", "is_sent", "name", "request")
+    __slots__ = ("began_s", "future", "is_sent", "name", "request", "was_sent")
 
     def __init__(self, request: pb.Request, name: str) -> None:
         self.request = request
         self.name = name
         self.is_sent = False
+        """On this stream."""
+        self.was_sent = False
+        """On any stream: it may have been applied."""
         self.began_s = time.monotonic()
         self.future: asyncio.Future[pb.Reply] = asyncio.get_running_loop().create_future()
 
@@ -123,7 +129,9 @@ class SessionConnection:
         self._promised: dict[Ino, int] = {}
         """Up to where files that are open may grow, in bytes, by the service's word."""
         self._sent = 0
-        """Requests that went out on this stream and have no reply."""
+        """Requests that went out on this stream and have no reply, those given up included: the service counts them."""
+        self._given_up: set[int] = set()
+        """Those whose time was up."""
         self._sign_is_due = False
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
@@ -206,6 +214,10 @@ class SessionConnection:
         if self._over is not None:
             raise self._over
         if self._away_since_s is not None and time.monotonic() - self._away_since_s > self._timeout_s:
+            if name == "release":
+                # Said at the next Hello, by not being named any more.
+                self._released(Ino(operation.ino))
+                return pb.Reply()
             raise self._too_long()
         request = pb.Request(number=self._next, **{name: operation})
         self._next += 1
@@ -239,10 +251,29 @@ class SessionConnection:
         if pending is not None:
             self._room.set()
             if pending.is_sent:
-                self._sent -= 1
-                if self._outgoing:
-                    self._wake.set()
+                self._answered()
         return pending
+
+    def _answered(self) -> None:
+        """Take note that the service has one request less under way."""
+        self._sent -= 1
+        if self._outgoing:
+            self._wake.set()
+
+    def _give_up(self, number: int, pending: _Pending) -> None:
+        """Stop waiting for a reply whose time is up. The service may still be at it, so it still counts."""
+        del self._pending[number]
+        self._room.set()
+        if pending.is_sent:
+            self._given_up.add(number)
+        if pending.future.done():
+            return
+        if pending.name == "release":
+            # It is not sent again: what the session has open is said at the next Hello.
+            self._released(Ino(pending.request.release.ino))
+            pending.future.set_result(pb.Reply(number=number))
+        else:
+            pending.future.set_exception(self._too_long())
 
     def _fail_all(self, error: AtollError) -> None:
         for number in list(self._pending):
@@ -257,9 +288,14 @@ class SessionConnection:
         """Complete a request. The one place that counts opens."""
         pending = self._take(reply.number)
         if pending is None:
+            if reply.number in self._given_up:
+                self._given_up.discard(reply.number)
+                self._answered()
             if reply.opens:
-                # An open or create that was given up: nobody will release it.
-                self._send_release(Ino(reply.inodes.ino[0]))
+                # An open or create that was given up: nobody will release it. Counted, as its release will be.
+                ino = Ino(reply.inodes.ino[0])
+                self._opens[ino] += 1
+                self._send_release(ino)
             return
         if not reply.HasField("failure"):
             if reply.opens:
@@ -343,8 +379,9 @@ class SessionConnection:
         self._hello.session_id = 0
         self._hello.secret = b""
         for number, pending in list(self._pending.items()):
-            if pending.name in _CHANGING:
-                self._fail(number, FsError(errno.ESTALE, "the session with the metadata service had ended"))
+            if pending.name in _CHANGING and pending.was_sent:
+                told = errno.ESTALE if pending.name == "commit" else errno.EIO
+                self._fail(number, FsError(told, "the session with the metadata service had ended"))
             elif pending.name == "release":
                 # What it releases is not opened again.
                 self._take(number)
@@ -384,6 +421,8 @@ class SessionConnection:
         hello.open_inos.extend(self._opens)
         hello.open_counts.extend(self._opens.values())
         hello.open_ends.extend(self._promised.get(ino, 0) for ino in self._opens)
+        del hello.repeated[:]
+        hello.repeated.extend(number for number, pending in self._pending.items() if pending.was_sent)
         await stream.write(pb.FromClient(hello=hello, confirmed=self._confirmed()).SerializeToString())
         data = await stream.read()
         if not isinstance(data, bytes):
@@ -400,6 +439,7 @@ class SessionConnection:
         self._failure = None
         self._outgoing = [pending.request for pending in self._pending.values()]
         self._sent = 0
+        self._given_up.clear()
         for pending in self._pending.values():
             pending.is_sent = False
         self._wake.set()
@@ -434,9 +474,9 @@ class SessionConnection:
         while not (self._is_ending and not self._pending):
             await self._wake.wait()
             self._wake.clear()
-            while (self._outgoing and self._sent < self._welcome.max_outstanding) or self._sign_is_due:
+            while (batch := self._batch()) or self._sign_is_due:
                 self._sign_is_due = False
-                message = pb.FromClient(requests=self._batch(), confirmed=self._confirmed())
+                message = pb.FromClient(requests=batch, confirmed=self._confirmed())
                 if not await _written(stream, message):
                     return
                 self.messages_sent += 1
@@ -448,13 +488,14 @@ class SessionConnection:
         batch: list[pb.Request] = []
         size_bytes = taken = 0
         room = self._welcome.max_outstanding - self._sent
+        past = self._confirmed() + SENT_WINDOW
         for request in self._outgoing:
-            if len(batch) >= room or size_bytes >= _BATCH_BYTES:
+            if len(batch) >= room or size_bytes >= _BATCH_BYTES or request.number >= past:
                 break
             taken += 1
             pending = self._pending.get(request.number)
             if pending is not None:
-                pending.is_sent = True
+                pending.is_sent = pending.was_sent = True
                 size_bytes += request.ByteSize()
                 batch.append(request)
         self._sent += len(batch)
@@ -496,10 +537,7 @@ class SessionConnection:
             for number, pending in list(self._pending.items()):
                 if pending.began_s > late_s:
                     break
-                if pending.name == "release":
-                    # It is not sent again: what the session has open is said at the next Hello.
-                    self._released(Ino(pending.request.release.ino))
-                self._fail(number, self._too_long())
+                self._give_up(number, pending)
 
 
 async def _written(stream: Stream, message: pb.FromClient) -> bool:

@@ -146,5 +146,6 @@ class Flusher:
         else:
             if retry is not None:
                 retry.failures, retry.may_pass = 0, False
-            if self.after_flush is not None:
-                await self.after_flush(file)
+        # An error leaves nothing pending where data were lost for good.
+        if self.after_flush is not None and not file.is_dirty:
+            await self.after_flush(file)

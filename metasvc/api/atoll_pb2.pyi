@@ -106,6 +106,7 @@ class Hello(_message.Message):
     OPEN_INOS_FIELD_NUMBER: _builtins.int
     OPEN_COUNTS_FIELD_NUMBER: _builtins.int
     OPEN_ENDS_FIELD_NUMBER: _builtins.int
+    REPEATED_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     session_id: _builtins.int
     """0 begins a session; else the one to go on with, and what Welcome gave with it."""
@@ -123,6 +124,10 @@ class Hello(_message.Message):
     def open_ends(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Up to where each was promised to grow, 0 for nothing; empty from clients that were promised nothing."""
 
+    @_builtins.property
+    def repeated(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The requests that were sent and have no reply: they come again. What one of them opened belongs to what is open."""
+
     def __init__(
         self,
         *,
@@ -135,10 +140,11 @@ class Hello(_message.Message):
         open_inos: _abc.Iterable[_builtins.int] | None = ...,
         open_counts: _abc.Iterable[_builtins.int] | None = ...,
         open_ends: _abc.Iterable[_builtins.int] | None = ...,
+        repeated: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "mountpoint", b"mountpoint", "open_counts", b"open_counts", "open_ends", b"open_ends", "open_inos", b"open_inos", "pid", b"pid", "protocol", b"protocol", "secret", b"secret", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "mountpoint", b"mountpoint", "open_counts", b"open_counts", "open_ends", b"open_ends", "open_inos", b"open_inos", "pid", b"pid", "protocol", b"protocol", "repeated", b"repeated", "secret", b"secret", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -266,8 +266,13 @@ class EngineAdmin:
 
     async def garbage(self, *, before_ns: int, limit: int) -> list[Garbage]:
         await self._engine.settled()
-        rows = await self._engine.store.scan(GARBAGE, after=None, limit=limit)
-        return [row for row in rows if row.not_before_ns <= before_ns]  # type: ignore[attr-defined,misc]
+        found: list[Garbage] = []
+        after: Key | None = None
+        # By id, not by age: those that are old enough may lie behind any number of others.
+        while len(found) < limit and (page := await self._engine.store.scan(GARBAGE, after=after, limit=trees.PAGE)):
+            found += [row for row in page if row.not_before_ns <= before_ns]  # type: ignore[attr-defined,misc]
+            after = GARBAGE.key_of(page[-1])
+        return found[:limit]
 
     async def garbage_deleted(self, slice_ids: Sequence[SliceId]) -> None:
         def rule(tx: Tx) -> None:

@@ -43,6 +43,9 @@ NEXT_SESSION = "next_session"
 MAX_RUNS = 200
 """Times a rule may ask for more rows; each run of a rule asks for at least one that was missing."""
 DEFAULT_MEMORY_BYTES = 64 * 1024 * 1024
+LOAD_AT_ONCE = 1000
+MAX_UNUSED_IDS = 1 << 20
+"""Slice ids that a session may have without committing them: 8 MiB of memory here, at 4 MiB each 4 TiB of files."""
 
 
 class Hold:
@@ -73,7 +76,8 @@ class Engine:
         self.operations_total = 0
         self.restarts_total = 0
         self._opens: dict[Ino, dict[SessionId, int]] = {}
-        self._sustained: set[tuple[SessionId, Ino]] = set()
+        self._sustained: dict[Ino, set[SessionId]] = {}
+        """The sessions for which nameless inodes are kept."""
         self._slice_ranges: dict[SessionId, list[range]] = {}
         self._unused: dict[SessionId, set[int]] = {}
         """Slice ids that were handed out here and never committed."""
@@ -114,6 +118,7 @@ class Engine:
             engine._next_slice = engine.counter(NEXT_SLICE)
             engine._renewal = asyncio.create_task(engine._renew(), name="metasvc-owner")
             await engine._load_sessions()
+            await engine._end_leftovers()
             if not keep_sessions:
                 for session in engine.sessions():
                     await engine.end_session(session.session_id)
@@ -156,7 +161,20 @@ class Engine:
             self._slice_ranges.setdefault(row[0], []).append(ids)
             self._handed_out_before.append(ids)
         async for row in self._scan(SUSTAINED):
-            self._sustained.add((row[0], row[1]))
+            self._sustained.setdefault(row[1], set()).add(row[0])
+
+    async def _end_leftovers(self) -> None:
+        """End what belongs to sessions that have no row: an operation may have been under way when its session ended."""
+        alive = {session.session_id for session in self.sessions()}
+        for ino, holders in list(self._sustained.items()):
+            for session_id in list(holders - alive):
+                await self.run(self._release_rule, session_id, ino)
+        for table in (SLICE_RANGE, REPLIES):
+            keys = [table.key_of(row) async for row in self._scan(table) if row[0] not in alive]
+            for key in keys:
+                await self.run(lambda tx, key=key, table=table: tx.delete(table, key if table.grouped else key[0]))
+        for session_id in self._slice_ranges.keys() - alive:
+            del self._slice_ranges[session_id]
 
     async def _scan(self, table: Table) -> AsyncIterator[Row]:
         after: Key | None = None
@@ -215,7 +233,7 @@ class Engine:
             batch = tx.read_batch
             changes = tx.finish()
             if changes:
-                if self._held_by is not hold:
+                if self._held_by is not None and self._held_by is not hold:
                     await self._unheld.wait()
                     continue
                 if not (of_session or self._all_returned.is_set()):
@@ -225,8 +243,8 @@ class Engine:
                     replies = record(result)
                     changes[REPLIES] = {replies.session_id: replies}
                 batch = self.committer.add(changes, tx.fresh)
-                for key, row in changes.get(SUSTAINED, {}).items():
-                    (self._sustained.discard if row is None else self._sustained.add)(key)
+                for (holder, ino), row in changes.get(SUSTAINED, {}).items():
+                    self._note_sustained(holder, ino, is_kept=row is not None)
             self.operations_total += 1
             if then is not None:
                 then(result)
@@ -302,7 +320,8 @@ class Engine:
             tx.put(SESSION, Session(session_id, host, pid, mountpoint, tx.now_ns, secret))
             return session_id
 
-        session_id: SessionId = await self.run(begin, of_session=True)
+        # Who holds changes back is not interested in sessions.
+        session_id: SessionId = await self.run(begin, hold=self._held_by, of_session=True)
         self._slice_ranges[session_id] = []
         return session_id
 
@@ -332,7 +351,13 @@ class Engine:
         session runs. What it sustained and has not open any more is let go.
         """
         believed = {ino for ino, holders in self._opens.items() if session_id in holders}
-        sustained = {ino for holder, ino in self._sustained if holder == session_id}
+        sustained = {ino for ino, holders in self._sustained.items() if session_id in holders}
+        inos = list(opens)
+        for first in range(0, len(inos), LOAD_AT_ONCE):
+            # Many at a time; the rules below find them in memory, as far as it reaches.
+            await self.run(
+                lambda tx, part=inos[first : first + LOAD_AT_ONCE]: tx.require([(INODE, ino) for ino in part])
+            )
         for ino, count in opens.items():
             self._opens.setdefault(ino, {})[session_id] = count
         for ino in opens:
@@ -349,8 +374,14 @@ class Engine:
                 del self._opens[ino]
                 self.reservations.release(ino)
         for ino in inos:
-            if (session_id, ino) in self._sustained:
+            if session_id in self._sustained.get(ino, ()):
                 await self.run(self._release_rule, session_id, ino, of_session=True)
+
+    def _note_sustained(self, session_id: SessionId, ino: Ino, *, is_kept: bool) -> None:
+        holders = self._sustained.setdefault(ino, set())
+        (holders.add if is_kept else holders.discard)(session_id)
+        if not holders:
+            del self._sustained[ino]
 
     def _sustain_rule(self, tx: Tx, session_id: SessionId, ino: Ino) -> None:
         inode: Inode | None = tx.get(INODE, ino)
@@ -358,7 +389,7 @@ class Engine:
             content.sustain(tx, session_id, inode)
 
     def _release_rule(self, tx: Tx, session_id: SessionId, ino: Ino) -> None:
-        others = any(holder != session_id and held == ino for holder, held in self._sustained)
+        others = bool(self._sustained.get(ino, set()) - {session_id})
         content.release(tx, session_id, ino, last=not self._opens.get(ino) and not others)
 
     def opened(self, session_id: SessionId, ino: Ino) -> None:
@@ -378,13 +409,11 @@ class Engine:
         if not holders:
             del self._opens[ino]
             self.reservations.release(ino)
-        if (session_id, ino) in self._sustained:
+        if session_id in self._sustained.get(ino, ()):
             await self.run(self._release_rule, session_id, ino)
 
     async def allocate_slices(self, session_id: SessionId, count: int) -> range:
         """Take slice ids for a session; durable before they are handed out, so never handed out again."""
-        first = self._next_slice
-        self._next_slice += count
 
         def take(tx: Tx) -> None:
             # Read as a row, so that a stride taken a moment ago by another is waited for.
@@ -401,6 +430,10 @@ class Engine:
         ranges = self._slice_ranges.get(session_id)
         if ranges is None:
             raise FsError(errno.ESTALE, "the session has ended")
+        if len(self._unused.get(session_id, ())) + count > MAX_UNUSED_IDS:
+            raise FsError(errno.EINVAL, "the session has more slice ids than it commits")
+        first = self._next_slice
+        self._next_slice += count
         # In memory before it is durable: the ids are pending, though nobody has them yet. Neighbours make one run.
         start = ranges.pop().start if ranges and ranges[-1].stop == first else first
         ranges.append(range(start, first + count))

@@ -28,7 +28,21 @@ from typing import Any, Final
 
 from metasvc.model import Dentry, Inode
 from metasvc.store import VolumeStore
-from metasvc.store.tables import CHUNK, COUNTER, DENTRY, INODE, LINK, QUOTA, SESSION, TABLES, XATTR, Key, Row, Table
+from metasvc.store.tables import (
+    CHUNK,
+    COUNTER,
+    DENTRY,
+    INODE,
+    LINK,
+    QUOTA,
+    REPLIES,
+    SESSION,
+    TABLES,
+    XATTR,
+    Key,
+    Row,
+    Table,
+)
 
 RESIDENT: Final = (COUNTER, QUOTA, SESSION)
 """Tables that are loaded wholly when the volume is opened, and never evicted."""
@@ -227,6 +241,10 @@ class Rows:
                 for key, row in rows.items():
                     pinned[key] = (row, batch)
                     young.old.pop(key, None)
+                    if table is REPLIES:
+                        # Written with each change and read after a restart only: nothing to remember.
+                        young.young.pop(key, None)
+                        continue
                     young.young[key] = row
                     self._size.young_bytes += _cost_bytes(row)
         self.make_room()

@@ -214,7 +214,14 @@ class EngineSession:
     async def reserve(self, ino: Ino, *, end: int) -> int:
         # It changes no row, so it would not wait: and give away what sessions were promised that have not returned yet.
         await self._engine.sessions_returned()
-        granted: int = await self._run(self._engine.reservations.reserve, ino, end)
+
+        def rule(tx: Tx) -> int:
+            # The last release takes promises back: what nobody has open would keep its own for ever.
+            if self._session_id not in self._engine.sessions_holding(ino):
+                refuse(E.EBADF, "the session does not have the file open")
+            return self._engine.reservations.reserve(tx, ino, end)
+
+        granted: int = await self._run(rule)
         return granted
 
     async def commit(self, caller: Caller, ino: Ino, commit: Commit) -> Inode:

@@ -12,7 +12,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from chunkstore.errors import AtollError
+from chunkstore.errors import AtollError, ObjectMissing
 from chunkstore.slices import ChunkStore
 from metasvc.api import MetaClient
 from metasvc.api.admin import MetaAdmin
@@ -125,8 +125,11 @@ class Jobs:
             while candidates:
                 compacted = 0
                 for ino, chunk in candidates:
-                    if await compact(meta, self.admin, chunks, ino=ino, chunk=chunk):
-                        compacted += 1
+                    try:
+                        compacted += await compact(meta, self.admin, chunks, ino=ino, chunk=chunk)
+                    except ObjectMissing as error:
+                        # Staged on another node and not uploaded yet, or gone: the next look may find it.
+                        self.log.info("a chunk cannot be compacted now", inode=ino, chunk=chunk, error=str(error))
                     await asyncio.sleep(self.rates.compaction_pause_s)
                 if compacted:
                     self.log.info("chunks compacted", chunks=compacted)

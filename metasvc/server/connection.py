@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any, Final
 
 import grpc
@@ -22,7 +23,7 @@ from chunkstore.errors import AtollError
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api.volume_format import dump_format
 from metasvc.model import Ino, SessionId
-from metasvc.server.session import MAX_OUTSTANDING, Misbehaved, ServedSession
+from metasvc.server.session import MAX_NUMBER, MAX_OUTSTANDING, Misbehaved, ServedSession
 from metasvc.server.volumes import SessionEnded, Volume
 
 PROTOCOL: Final = 1
@@ -61,6 +62,7 @@ class Connection:
         self._room.set()
         self._failed: asyncio.Future[AtollError] = asyncio.get_running_loop().create_future()
         self._is_ending = False
+        self._session: ServedSession | None = None
         self.messages_in = 0
         self.messages_out = 0
 
@@ -104,7 +106,7 @@ class Connection:
 
     async def _serve(self, volume: Volume) -> None:
         first = await self._hello()
-        session = await self._attach(volume, first.hello, confirmed=first.confirmed)
+        session = self._session = await self._attach(volume, first.hello, confirmed=first.confirmed)
         writer = asyncio.create_task(self._write(), name="writer of a stream")
         try:
             reader = asyncio.create_task(self._read(session), name="reader of a stream")
@@ -141,6 +143,8 @@ class Connection:
                 f"the client speaks protocol {hello.protocol}, this service {OLDEST_PROTOCOL} to {PROTOCOL}: upgrade {upgrade}"
             )
         count = len(hello.open_inos)
+        if message.confirmed >= MAX_NUMBER:
+            raise Misbehaved("confirms replies that nobody can have asked for")
         if len(hello.open_counts) != count or len(hello.open_ends) not in (0, count) or count > MAX_OPENS:
             raise Misbehaved("Hello lists open files in columns of different lengths, or too many")
         return message
@@ -158,7 +162,7 @@ class Connection:
                     raise SessionEnded(f"session {session.session_id} has ended")
                 opens = dict(zip(map(Ino, hello.open_inos), hello.open_counts, strict=True))
                 promised = {Ino(ino): end for ino, end in zip(hello.open_inos, hello.open_ends, strict=False) if end}
-                await volume.resume(session, opens, promised, confirmed=confirmed)
+                await volume.resume(session, opens, promised, confirmed=confirmed, repeated=hello.repeated)
                 session.outlet = self
                 if volume.engine.failure is not None:
                     raise volume.engine.failure
@@ -182,7 +186,7 @@ class Connection:
     async def _read(self, session: ServedSession) -> bool:
         """Start what comes in until the client ends the stream; True if it said goodbye."""
         while (message := await self._receive()) is not None:
-            if session.outlet is not self:
+            if session.outlet is not self or session.is_ending:
                 raise SessionEnded(f"session {session.session_id} goes on elsewhere, or has ended")
             if message.HasField("hello"):
                 raise Misbehaved("Hello comes once in a stream")
@@ -227,6 +231,9 @@ class Connection:
                 except TimeoutError:
                     raise Silent(f"reads nothing for {WRITE_S:.0f} s") from None
                 self.messages_out += 1
+                if self._session is not None:
+                    # It took something: it lives, though it may be too busy reading to say so.
+                    self._session.heard_s = max(self._session.heard_s, time.monotonic())
                 self._out_bytes -= len(message)
                 if self._out_bytes <= QUEUE_BYTES:
                     self._room.set()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno as E
 import stat
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from chunkstore.geometry import MAX_FILE_BYTES, block_count
@@ -21,7 +21,9 @@ from metasvc.model import (
     PATH_MAX_BYTES,
     Caller,
     Commit,
+    FileMap,
     Ino,
+    OpenFile,
     RenameFlags,
     SetAttr,
     SliceKind,
@@ -31,6 +33,8 @@ from metasvc.model import (
 
 MAX_ENTRIES: Final = 5000
 """Most entries of a page of a directory, and inodes of one getattr."""
+MAX_REFS: Final = 16_384
+"""Most pieces of one commit: twice what a mount collects (slice_max_refs times pending_slices). 0.2 s of the event loop."""
 MAX_SLICE_IDS: Final = 65_536
 _DIGEST_BYTES: Final = 16
 _INT64: Final = 1 << 63
@@ -44,6 +48,8 @@ class Operation:
     """Takes the session, the message of the operation and who asks."""
     put: Callable[[Any, pb.Reply], None]
     """Writes the result into a reply."""
+    keep: Callable[[Any, pb.Reply], None] | None = None
+    """Writes what is kept of it for a client that asks again, if that is less."""
 
 
 def _refuse(reason: str) -> FsError:
@@ -71,6 +77,8 @@ def _commit(session: EngineSession, message: pb.Commit) -> Commit:
         raise _refuse("an end or time that no file has")
     if len({written.slice_id for written in commit.slices}) != len(commit.slices):
         raise _refuse("a slice is named twice")
+    if sum(len(written.refs) for written in commit.slices) > MAX_REFS:
+        raise _refuse(f"a commit of more than {MAX_REFS} pieces")
     check_written(commit.slices, session.format)
     return commit
 
@@ -140,6 +148,17 @@ def _put_ids(ids: range, into: pb.Reply) -> None:
 
 def _put_map(found: Any, into: pb.Reply) -> None:
     wire.put_map(found, into.map)
+
+
+def _put_without_map(answer: OpenFile, into: pb.Reply) -> None:
+    """Write an open file whose map the client has to read: it may be megabytes, and all kept replies are one row."""
+    nothing = FileMap(answer.map.map_version, [], {}, 0, 0)
+    wire.put_open(replace(answer, map=nothing), into)
+
+
+def _put_copied_without_map(result: Any, into: pb.Reply) -> None:
+    into.count = result[0]
+    _put_without_map(result[1], into)
 
 
 def _put_copied(result: Any, into: pb.Reply) -> None:
@@ -256,7 +275,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "allocate_slices": Operation(_allocate, _put_ids),
     "reserve": Operation(_reserve, _put_count),
     "commit": Operation(lambda s, m, c: s.commit(c, _ino(m.ino), _commit(s, m)), _put_inode),
-    "punch": Operation(_punch, wire.put_open),
-    "copy_range": Operation(_copy_range, _put_copied),
+    "punch": Operation(_punch, wire.put_open, _put_without_map),
+    "copy_range": Operation(_copy_range, _put_copied, _put_copied_without_map),
 }
 """By the name of the field in Request."""

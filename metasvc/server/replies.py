@@ -10,6 +10,8 @@ request finds it here. Requests that changed nothing are not kept: to run them a
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from metasvc.api import atoll_pb2 as pb
 from metasvc.model import Ino, Replies, SessionId
 
@@ -35,9 +37,10 @@ class ReplyLog:
         """Return the reply to a request that changed something, framed, if it is known."""
         return self._kept.get(number)
 
-    def opened(self) -> list[Ino]:
-        """Return the inodes that requests opened whose replies the client has not confirmed."""
-        replies = [pb.FromService.FromString(kept).replies[0] for kept in self._kept.values()]
+    def opened(self, repeated: Collection[int]) -> list[Ino]:
+        """Return the inodes that those of the requests opened that the client is about to repeat."""
+        kept = [self._kept[number] for number in repeated if number in self._kept]
+        replies = [pb.FromService.FromString(each).replies[0] for each in kept]
         return [Ino(reply.inodes.ino[0]) for reply in replies if reply.opens]
 
     def keep(self, number: int, reply: bytes) -> Replies:

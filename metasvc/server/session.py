@@ -17,7 +17,7 @@ import errno
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, Protocol
 
 from chunkstore.errors import AtollError
@@ -35,6 +35,8 @@ MAX_OUTSTANDING: Final = 256
 WINDOW: Final = 1024
 """Numbers above the lowest that is not confirmed by which requests may run ahead: it bounds the replies that are kept."""
 
+MAX_NUMBER: Final = 1 << 62
+"""No request has a number like this: a thousand in a microsecond would take 146 years."""
 SLOW_S: Final = 5.0
 """Requests that take longer are logged."""
 MAX_REPLY_BYTES: Final = 60 * 1024 * 1024
@@ -93,19 +95,23 @@ class ServedSession(EngineSession):
         if self._running:
             await asyncio.wait(list(self._running.values()))
 
-    async def resume(self, opens: Mapping[Ino, int], promised: Mapping[Ino, int], *, confirmed: int) -> None:
+    async def resume(
+        self, opens: Mapping[Ino, int], promised: Mapping[Ino, int], *, confirmed: int, repeated: Collection[int]
+    ) -> None:
         """Go on with what the client has open, and may grow to so many bytes. Call when it is quiet.
 
         To that belongs what was opened by a create whose reply got lost: the client is about to ask for it again.
         """
         self._replies.confirm(confirmed)
         counts = Counter(opens)
-        counts.update(self._replies.opened())
+        counts.update(self._replies.opened(repeated))
         await self._engine.resume_session(self._session_id, counts, promised)
 
     def receive(self, message: pb.FromClient) -> None:
         """Take a message: start its requests. Raises Misbehaved, and then has started those before the wrong one."""
         self.heard_s = time.monotonic()
+        if message.confirmed >= MAX_NUMBER:
+            raise Misbehaved("confirms replies that nobody can have asked for")
         self._replies.confirm(message.confirmed)
         for request in message.requests:
             self._start(request)
@@ -146,7 +152,7 @@ class ServedSession(EngineSession):
     async def _run_request(self, number: int, name: str, operation: Operation, message: Any) -> None:
         began_s, failed = time.monotonic(), True
         caller = wire.caller_of(message.caller, number) if hasattr(message, "caller") else Caller(request_id=number)
-        self._puts[number] = operation.put
+        self._puts[number] = operation.keep or operation.put
         try:
             result = await operation.call(self, message, caller)
         except AtollError as error:
@@ -162,7 +168,7 @@ class ServedSession(EngineSession):
             )
             answer = framed(_failed(number, AtollError(f"the metadata service failed unexpectedly: {error!r}")))
         else:
-            kept = self._replies.get(number)
+            kept = self._replies.get(number) if operation.keep is None else None
             answer = framed(_done(number, operation.put, result)) if kept is None else kept
             failed = False
         finally:

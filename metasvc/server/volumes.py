@@ -18,7 +18,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -27,6 +27,7 @@ from chunkstore.errors import AtollError
 from metasvc.engine import Engine, EngineAdmin
 from metasvc.engine.accounts import USED_BYTES, USED_INODES
 from metasvc.engine.engine import DEFAULT_MEMORY_BYTES
+from metasvc.errors import VolumeMissing
 from metasvc.model import Ino, SessionId, VolumeFormat
 from metasvc.server.metrics import ServiceMetrics
 from metasvc.server.session import ServedSession
@@ -210,11 +211,17 @@ class Volume:
         return session
 
     async def resume(
-        self, session: ServedSession, opens: Mapping[Ino, int], promised: Mapping[Ino, int], *, confirmed: int
+        self,
+        session: ServedSession,
+        opens: Mapping[Ino, int],
+        promised: Mapping[Ino, int],
+        *,
+        confirmed: int,
+        repeated: Collection[int],
     ) -> None:
         """Go on with a session on a new connection. Call with `attaching` held and nothing of it under way."""
         session.heard_s = time.monotonic()
-        await session.resume(opens, promised, confirmed=confirmed)
+        await session.resume(opens, promised, confirmed=confirmed, repeated=repeated)
         self._returned(session.session_id)
 
     async def end(self, session: ServedSession) -> None:
@@ -318,7 +325,12 @@ class Volumes:
                 return found
             if self._is_closing:
                 raise AtollError("the metadata service is ending", retryable=True)
-            store = await self.store.open_volume(tenant, name)
+            try:
+                store = await self.store.open_volume(tenant, name)
+            except VolumeMissing:
+                # Names that nobody has must not pile up.
+                self._opening.pop(key, None)
+                raise
             try:
                 volume = await Volume.open(
                     store,

@@ -192,7 +192,7 @@ async def test_a_session_that_is_not_heard_of_ends_and_its_client_begins_another
             cutter.open.set()
             with pytest.raises(FsError) as refusal:
                 await change
-            assert refusal.value.errno == errno.ESTALE
+            assert refusal.value.errno == errno.EIO
             # Reading goes on, in another session, which has open what still exists.
             assert (await client.meta.getattr(made.inode.ino)).nlink == 1
             assert client.connection.session_id != first

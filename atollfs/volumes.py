@@ -109,7 +109,6 @@ class OpenedVolume:
     def __init__(self, options: VolumeOptions) -> None:
         """Begin to open it."""
         self.options = options
-        self.pid = os.getpid()
         self.users: set[int] = set()
         """Numbers of the file system instances that use it."""
         self.tree: Tree

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOT_PACKAGES = ("chunkstore", "client", "metasvc", "migrations")
+ROOT_PACKAGES = ("atollfs", "chunkstore", "client", "metasvc", "migrations")
 
 
 def packages_of_the_tree() -> set[str]:
@@ -67,6 +67,7 @@ def test_the_wheel_installs_the_command_atoll_under_the_project_s_licence(wheel:
     with zipfile.ZipFile(wheel) as archive:
         by_name = {name.partition(".dist-info/")[2]: archive.read(name).decode() for name in archive.namelist()}
     assert "atoll = client.cli.main:main" in by_name["entry_points.txt"]
+    assert "[fsspec.specs]\natoll = atollfs:AtollFileSystem" in by_name["entry_points.txt"]
     assert "License-Expression: Apache-2.0" in by_name["METADATA"]
     assert "Requires-Python: >=3.11.2" in by_name["METADATA"]
 

@@ -250,6 +250,13 @@ class Vfs:
             return await self._lookup_virtual(parent, name)
         return self._shown(await self._meta.lookup(parent, name))
 
+    async def resolve(self, names: Sequence[bytes]) -> list[Inode]:
+        """Walk from the root in one trip; the inodes of the root and of each name, so at least one.
+
+        ENOENT, ENOTDIR (a symbolic link on the way is one: none is followed), ENAMETOOLONG. Virtual files are not found.
+        """
+        return [self._shown(inode) for inode in await self._meta.resolve(self.root, [b".", *names])]
+
     async def _lookup_virtual(self, parent: Ino, name: bytes) -> Inode:
         if parent != FIRST_INO:
             _refuse(E.ENOTDIR)

@@ -86,6 +86,8 @@ class Engine:
         self._next_ino = 0
         self._next_slice = 0
         self._renewal: asyncio.Task[None] | None = None
+        self.held_back: set[asyncio.Task[Any]] = set()
+        """Tasks whose operation waits for a hold to end: nothing of it has been done, so it may be cancelled."""
         self._holding = asyncio.Lock()
         self._held_by: Hold | None = None
         self._unheld = asyncio.Event()
@@ -234,10 +236,10 @@ class Engine:
             changes = tx.finish()
             if changes:
                 if self._held_by is not None and self._held_by is not hold:
-                    await self._unheld.wait()
+                    await self._held_back(self._unheld)
                     continue
                 if not (of_session or self._all_returned.is_set()):
-                    await self._all_returned.wait()
+                    await self._held_back(self._all_returned)
                     continue
                 if record is not None:
                     replies = record(result)
@@ -252,6 +254,15 @@ class Engine:
                 await self.committer.wait(batch)
             return result
         raise StoreError(f"a metadata operation asked for rows {MAX_RUNS} times; the memory limit is too small")
+
+    async def _held_back(self, event: asyncio.Event) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.held_back.add(task)
+        try:
+            await event.wait()
+        finally:
+            self.held_back.discard(task)
 
     async def settled(self) -> None:
         """Wait until all changes in force are durable: for replies made of many rows."""

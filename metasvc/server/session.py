@@ -37,6 +37,7 @@ WINDOW: Final = 1024
 
 MAX_NUMBER: Final = 1 << 62
 """No request has a number like this: a thousand in a microsecond would take 146 years."""
+QUIET_LOOK_S: Final = 0.2
 SLOW_S: Final = 5.0
 """Requests that take longer are logged."""
 MAX_REPLY_BYTES: Final = 60 * 1024 * 1024
@@ -91,9 +92,17 @@ class ServedSession(EngineSession):
         return len(self._running)
 
     async def quiet(self) -> None:
-        """Wait until none of the requests so far is under way."""
-        if self._running:
-            await asyncio.wait(list(self._running.values()))
+        """Wait until none of the requests so far is under way. Those that wait for a hold to end are given up.
+
+        They have done nothing, and the client asks again for what it has no reply to: else it could not come back for as long
+        as the hold lasts.
+        """
+        while waited := list(self._running.values()):
+            for task in waited:
+                if task in self._engine.held_back:
+                    task.cancel()
+            # Others may come to wait for a hold meanwhile.
+            await asyncio.wait(waited, timeout=QUIET_LOOK_S)
 
     async def resume(
         self, opens: Mapping[Ino, int], promised: Mapping[Ino, int], *, confirmed: int, repeated: Collection[int]

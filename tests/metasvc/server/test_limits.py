@@ -261,6 +261,33 @@ async def test_old_garbage_is_found_behind_any_number_of_young_rows() -> None:
         assert len(await client.admin.garbage(before_ns=2000, limit=5000)) == 5000
 
 
+async def test_a_client_comes_back_while_its_change_is_held_back() -> None:
+    async with (
+        stored("memory", Path()) as store,
+        served(store) as service,
+        Cutter(service.port) as cutter,
+        connected(service, port=cutter.port) as client,
+    ):
+        engine = (await service.volume()).engine
+        opened = (await client.meta.create(ROOT, ROOT_INO, b"open", mode=0o600, exclusive=True)).inode.ino
+        async with engine.changes_held():
+            changes = [
+                asyncio.create_task(client.meta.mkdir(ROOT, ROOT_INO, b"d%d" % number, mode=0o755))
+                for number in range(5)
+            ]
+            while len(engine.held_back) < 5:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            cutter.cut()
+            async with asyncio.timeout(15):
+                assert (await client.meta.getattr(opened)).nlink == 1
+            assert client.connection.reconnections >= 1
+            assert not any(change.done() for change in changes)
+        made = await asyncio.gather(*changes)
+        page = await client.meta.readdir(ROOT_INO, after=None, limit=100)
+        assert {entry.inode.ino for entry in page.entries} == {opened, *(inode.ino for inode in made)}
+        await agree(service, client)
+
+
 async def test_holds_exclude_each_other_and_wait_for_sessions_that_return() -> None:
     async with stored("memory", Path()) as store, served(store) as service, connected(service) as client:
         engine = (await service.volume()).engine

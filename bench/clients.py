@@ -145,7 +145,7 @@ class _Client:
         from metasvc.model import ROOT_INO, Commit, RenameFlags, SliceKind, SliceRef, WrittenSlice
 
         meta, root, rand = self._meta, self._root, self._rand
-        own = (await meta.mkdir(root, ROOT_INO, b"client-%d-%d" % (self._number, rand.getrandbits(60)), mode=0o755)).ino
+        own = (await meta.mkdir(root, ROOT_INO, b"client-%d-%d" % (self._number, time.time_ns()), mode=0o755)).ino
         ids: Iterator[SliceId] = iter(())
         kept: list[bytes] = []
         turn = 0
@@ -219,6 +219,18 @@ async def _worker(arguments: dict[str, Any]) -> Tally:
             tally.requests += connection.requests - requests
         tally.operations = [client.done for client in clients]
     return tally
+
+
+def _encoded(tally: Tally) -> str:
+    return json.dumps(
+        {
+            "durations": {name: dict(counts) for name, counts in tally.durations.items()},
+            "errors": tally.errors,
+            "operations": tally.operations,
+            "messages": tally.messages,
+            "requests": tally.requests,
+        }
+    )
 
 
 def _decoded(text: str) -> Tally:
@@ -340,8 +352,7 @@ def main(
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             tally = runner.run(_worker(json.loads(worker)))
-        document = asdict(tally)
-        click.echo(json.dumps(document))
+        click.echo(_encoded(tally))
         return
     numbers = [int(text) for text in clients.split(",")]
     interrupt_once(signal.SIGINT, signal.SIGTERM)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import stat
 import time
+from collections.abc import AsyncIterator
 from typing import Final
 
 from client.admin.asking import Asked
 from client.admin.paths import full_path
 from client.control.messages import JsonObject, text_of
+from metasvc.api import MetaClient
+from metasvc.api.admin import MetaAdmin
 from metasvc.errors import FsError
 from metasvc.model import ROOT_INO, Ino, Inode, Trashed, TrashId
 
 PAGE: Final = 1000
+PATHS_DEPTH_MAX: Final = 4096
 _TYPES: Final = {
     stat.S_IFREG: "file",
     stat.S_IFDIR: "directory",
@@ -30,24 +34,59 @@ def type_name(mode: int) -> str:
     return _TYPES.get(stat.S_IFMT(mode), "unknown")
 
 
+async def _all_entries(admin: MetaAdmin) -> AsyncIterator[list[Trashed]]:
+    after: TrashId | None = None
+    while page := await admin.trash_list(after=after, limit=PAGE):
+        after = page[-1].trash_id
+        yield page
+
+
+class _Places:
+    """Where removed names lay, also those whose directory lies in the trash itself."""
+
+    def __init__(self, admin: MetaAdmin) -> None:
+        self._admin = admin
+        self._removed: dict[Ino, tuple[Ino, bytes]] = {}
+        self._paths: dict[Ino, bytes | None] = {ROOT_INO: b""}
+
+    async def load(self) -> None:
+        """Read the whole trash once: a page is a trip, an entry some hundred bytes here."""
+        async for page in _all_entries(self._admin):
+            self._removed.update((entry.ino, (entry.parent, entry.name)) for entry in page)
+
+    async def directory(self, ino: Ino) -> bytes | None:
+        """Return the path of a directory, in the trash or not; None if it is gone for good."""
+        names: list[bytes] = []
+        at = ino
+        while at not in self._paths:
+            paths = await self._admin.paths_of(at, limit=1)
+            if paths:
+                self._paths[at] = paths[0].rstrip(b"/")
+            elif at in self._removed and len(names) < PATHS_DEPTH_MAX:
+                at, name = self._removed[at]
+                names.append(name)
+            else:
+                self._paths[at] = None
+        above = self._paths[at]
+        found = None if above is None else b"/".join([above, *reversed(names)])
+        self._paths[ino] = found
+        return found
+
+
 async def list_trash(asked: Asked) -> JsonObject:
     """List what is in the trash and was removed at or below a directory, oldest first, in pages of 1,000."""
     target = asked.params.target("target")
     asked.params.done()
     below = full_path(asked.volume, target).rstrip(b"/")
     admin = asked.volume.admin
-    directories: dict[Ino, bytes | None] = {}
-    after: TrashId | None = None
+    places = _Places(admin)
+    await places.load()
     count = 0
-    while page := await admin.trash_list(after=after, limit=PAGE):
-        after = page[-1].trash_id
+    async for page in _all_entries(admin):
         inodes = await asked.volume.meta.getattr_many([entry.ino for entry in page])
         rows = []
         for entry, inode in zip(page, inodes, strict=True):
-            if entry.parent not in directories:
-                paths = await admin.paths_of(entry.parent, limit=1) if entry.parent != ROOT_INO else [b""]
-                directories[entry.parent] = paths[0].rstrip(b"/") if paths else None
-            directory = directories[entry.parent]
+            directory = await places.directory(entry.parent)
             path = None if directory is None else directory + b"/" + entry.name
             if below and (path is None or not path.startswith(below + b"/")):
                 continue
@@ -60,7 +99,7 @@ async def list_trash(asked: Asked) -> JsonObject:
 def _row(entry: Trashed, inode: Inode | None, path: bytes | None) -> JsonObject:
     return {
         "trash_id": entry.trash_id,
-        # None: its directory lies in the trash too; restoring brings that back first.
+        # None: its directory is gone for good. One that lies in the trash too is brought back first.
         "path": None if path is None else text_of(path),
         "name": text_of(entry.name),
         "type": "unknown" if inode is None else type_name(inode.mode),
@@ -72,18 +111,54 @@ def _row(entry: Trashed, inode: Inode | None, path: bytes | None) -> JsonObject:
 
 
 async def restore(asked: Asked) -> JsonObject:
-    """Put entries back under their names, one by one; the first that cannot be is the error, those before it are back."""
+    """Put entries back under their names, one by one; the first that cannot be is the error, those before it are back.
+
+    With a directory comes back what was removed below it, the newest of each name; what cannot (its name is taken, somebody
+    else removed it) stays in the trash and is counted.
+    """
     ids = asked.params.integers("trash_ids")
     asked.params.done()
+    admin, meta = asked.volume.admin, asked.volume.meta
+    entries: dict[int, Trashed] = {}
+    below: dict[Ino, list[Trashed]] = {}
+    async for page in _all_entries(admin):
+        for entry in page:
+            entries[entry.trash_id] = entry
+            below.setdefault(entry.parent, []).append(entry)
     restored: list[JsonObject] = []
-    for trash_id in ids:
-        try:
-            path = await asked.volume.admin.trash_restore(asked.caller(), TrashId(trash_id))
-        except FsError as error:
-            raise FsError(error.errno, _remedy(error.errno, trash_id, done=len(restored))) from error
-        restored.append({"trash_id": trash_id, "path": text_of(path)})
-        await _tell_kernel(asked, path)
-    return {"restored": restored}
+    done: set[int] = set()
+    left = 0
+    for wanted in ids:
+        waiting = [wanted]
+        while waiting:
+            trash_id = waiting.pop()
+            if trash_id in done:
+                continue
+            known = entries.get(trash_id)
+            try:
+                path = await admin.trash_restore(asked.caller(), TrashId(trash_id))
+            except FsError as error:
+                if error.errno == errno.ENOENT and known is not None and await _has_name(meta, known.ino):
+                    done.add(trash_id)  # it came back with something below it
+                elif trash_id == wanted:
+                    raise FsError(error.errno, _remedy(error.errno, trash_id, done=len(restored))) from error
+                else:
+                    left += 1
+                    continue
+            else:
+                done.add(trash_id)
+                restored.append({"trash_id": trash_id, "path": text_of(path)})
+                await _tell_kernel(asked, path)
+                asked.progress("restoring", len(restored), unit="entries")
+            if known is not None:
+                # Taken from the end: the newest first.
+                waiting += [entry.trash_id for entry in below.get(known.ino, ())]
+    return {"restored": restored, "left_entries": left}
+
+
+async def _has_name(meta: MetaClient, ino: Ino) -> bool:
+    (inode,) = await meta.getattr_many([ino])
+    return inode is not None and inode.nlink > 0
 
 
 def _remedy(number: int, trash_id: int, *, done: int) -> str:

@@ -6,7 +6,7 @@ import click
 
 from client.cli.ask import ask, named_volume
 from client.cli.options import DAYS, json_option
-from client.cli.output import echo_json, echo_table, moment, printable_name
+from client.cli.output import echo_json, echo_table, moment, printable_name, say
 from client.sizes import format_size
 
 
@@ -44,7 +44,7 @@ def list_entries(address: str, *, as_json: bool) -> None:
 @click.argument("trash_ids", metavar="ID...", type=click.IntRange(1, (1 << 63) - 1), nargs=-1, required=True)
 @json_option
 def restore(address: str, trash_ids: tuple[int, ...], *, as_json: bool) -> None:
-    """Put entries back under their names, with the directories above them."""
+    """Put entries back under their names, with the directories above them, and what was removed below them."""
     params = {"trash_ids": list(trash_ids)}
     document = ask(named_volume(address).address, "trash-restore", params, command="trash restore")
     if as_json:
@@ -52,6 +52,10 @@ def restore(address: str, trash_ids: tuple[int, ...], *, as_json: bool) -> None:
         return
     for row in document["restored"]:
         click.echo(f"{row['trash_id']}: {printable_name(row['path'])}")
+    if document["left_entries"]:
+        say(
+            f"left in the trash, their names are taken or somebody else removed them: {document['left_entries']:,} entries"
+        )
 
 
 @command.command("empty")

@@ -184,6 +184,39 @@ def test_trash_is_listed_restored_and_emptied(ask: Asking) -> None:
     assert ask("gc", ask.address)["leaked_objects"] == 0
 
 
+def test_a_tree_that_was_removed_comes_back_by_its_one_name(ask: Asking) -> None:
+    tree = ask.top / "tree"
+    (tree / "deep" / "deeper").mkdir(parents=True)
+    files = {tree / "a": b"a", tree / "deep" / "b": b"b" * 100_000, tree / "deep" / "deeper" / "c": b"c"}
+    for path, content in files.items():
+        path.write_bytes(b"older")
+        path.unlink()
+        path.write_bytes(content)
+    shutil.rmtree(tree)
+    entries = ask("trash", "list", f"{ask.address}:/tree")["entries"]
+    assert {row["path"] for row in entries} == {
+        "/tree/a",
+        "/tree/deep",
+        "/tree/deep/b",
+        "/tree/deep/deeper",
+        "/tree/deep/deeper/c",
+    }
+    (top,) = [row for row in ask("trash", "list", ask.address)["entries"] if row["path"] == "/tree"]
+    restored = ask("trash", "restore", ask.address, str(top["trash_id"]))
+    assert len(restored["restored"]) == 6
+    assert restored["left_entries"] == 3, "older files of the same names"
+    assert ask.top == tree.parent
+    for path, content in files.items():
+        assert path.read_bytes() == content
+    # By all that a list shows, in its order: what came back with something else is no error.
+    shutil.rmtree(tree)
+    rows = [row for row in ask("trash", "list", ask.address)["entries"] if row["size_bytes"] != len(b"older")]
+    ask("trash", "restore", ask.address, *(str(row["trash_id"]) for row in rows))
+    assert ask.top == tree.parent
+    for path, content in files.items():
+        assert path.read_bytes() == content
+
+
 def test_quotas_are_set_shown_and_removed(ask: Asking) -> None:
     make_tree(ask.top)
     limited = f"{ask.address}:/dir"

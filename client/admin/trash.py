@@ -50,23 +50,24 @@ class _Places:
         self._paths: dict[Ino, bytes | None] = {ROOT_INO: b""}
 
     async def load(self) -> None:
-        """Read the whole trash once: a page is a trip, an entry some hundred bytes here."""
+        """Look through the trash twice; only the directories in which something was removed are kept here."""
+        parents: set[Ino] = set()
         async for page in _all_entries(self._admin):
-            self._removed.update((entry.ino, (entry.parent, entry.name)) for entry in page)
+            parents.update(entry.parent for entry in page)
+        async for page in _all_entries(self._admin):
+            self._removed.update((entry.ino, (entry.parent, entry.name)) for entry in page if entry.ino in parents)
 
     async def directory(self, ino: Ino) -> bytes | None:
         """Return the path of a directory, in the trash or not; None if it is gone for good."""
         names: list[bytes] = []
         at = ino
         while at not in self._paths:
-            paths = await self._admin.paths_of(at, limit=1)
-            if paths:
-                self._paths[at] = paths[0].rstrip(b"/")
-            elif at in self._removed and len(names) < PATHS_DEPTH_MAX:
+            if at in self._removed and len(names) < PATHS_DEPTH_MAX:
                 at, name = self._removed[at]
                 names.append(name)
             else:
-                self._paths[at] = None
+                paths = await self._admin.paths_of(at, limit=1)
+                self._paths[at] = paths[0].rstrip(b"/") if paths else None
         above = self._paths[at]
         found = None if above is None else b"/".join([above, *reversed(names)])
         self._paths[ino] = found
@@ -119,12 +120,11 @@ async def restore(asked: Asked) -> JsonObject:
     ids = asked.params.integers("trash_ids")
     asked.params.done()
     admin, meta = asked.volume.admin, asked.volume.meta
-    entries: dict[int, Trashed] = {}
-    below: dict[Ino, list[Trashed]] = {}
-    async for page in _all_entries(admin):
-        for entry in page:
-            entries[entry.trash_id] = entry
-            below.setdefault(entry.parent, []).append(entry)
+    # Before anything comes back: an entry that does so with something below it is no error later.
+    inos: dict[int, Ino] = {}
+    for wanted in ids:
+        inos.update((row.trash_id, row.ino) for row in await admin.trash_list(after=TrashId(wanted - 1), limit=1))
+    below: dict[Ino, list[tuple[TrashId, Ino]]] | None = None
     restored: list[JsonObject] = []
     done: set[int] = set()
     left = 0
@@ -134,31 +134,45 @@ async def restore(asked: Asked) -> JsonObject:
             trash_id = waiting.pop()
             if trash_id in done:
                 continue
-            known = entries.get(trash_id)
             try:
                 path = await admin.trash_restore(asked.caller(), TrashId(trash_id))
             except FsError as error:
-                if error.errno == errno.ENOENT and known is not None and await _has_name(meta, known.ino):
-                    done.add(trash_id)  # it came back with something below it
-                elif trash_id == wanted:
+                inode = await _named(meta, inos.get(trash_id)) if error.errno == errno.ENOENT else None
+                if inode is None and trash_id == wanted:
                     raise FsError(error.errno, _remedy(error.errno, trash_id, done=len(restored))) from error
-                else:
+                if inode is None:
                     left += 1
                     continue
             else:
-                done.add(trash_id)
                 restored.append({"trash_id": trash_id, "path": text_of(path)})
                 await _tell_kernel(asked, path)
                 asked.progress("restoring", len(restored), unit="entries")
-            if known is not None:
+                inode = await _named(meta, inos.get(trash_id))
+            done.add(trash_id)
+            if inode is not None and inode.is_dir:
+                if below is None:
+                    below = await _entries_by_directory(admin)
                 # Taken from the end: the newest first.
-                waiting += [entry.trash_id for entry in below.get(known.ino, ())]
+                waiting += [entry_id for entry_id, _ in below.get(inode.ino, ())]
+                inos.update(below.get(inode.ino, ()))
     return {"restored": restored, "left_entries": left}
 
 
-async def _has_name(meta: MetaClient, ino: Ino) -> bool:
+async def _entries_by_directory(admin: MetaAdmin) -> dict[Ino, list[tuple[TrashId, Ino]]]:
+    """Return id and inode of all entries by the directory that they were removed from, oldest first."""
+    found: dict[Ino, list[tuple[TrashId, Ino]]] = {}
+    async for page in _all_entries(admin):
+        for entry in page:
+            found.setdefault(entry.parent, []).append((entry.trash_id, entry.ino))
+    return found
+
+
+async def _named(meta: MetaClient, ino: Ino | None) -> Inode | None:
+    """Return an inode that has a name again."""
+    if ino is None:
+        return None
     (inode,) = await meta.getattr_many([ino])
-    return inode is not None and inode.nlink > 0
+    return inode if inode is not None and inode.nlink > 0 else None
 
 
 def _remedy(number: int, trash_id: int, *, done: int) -> str:

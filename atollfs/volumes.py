@@ -20,10 +20,9 @@ Exit. Files that are open for writing are closed, then volumes end: data are flu
 `threading` winds up, before executors refuse work, in the main thread; what ends without that (os._exit, a kill) is a crash:
 what close() acknowledged is there.
 
-Fork. Threads, gRPC and SQLite do not survive it. In a child the table is empty; what was in it is kept from the garbage
-collector, because closing a database or a channel that the parent uses could harm the parent. What was opened before the fork
-is refused in the child, and so is a first use of gRPC in a child whose parent had used it: it would hang. What a child does
-without volumes works (subprocess, multiprocessing with fork): gRPC's own handling of forks is turned off for that.
+Fork. Threads, connections and SQLite do not survive it. In a child the table is empty; what was in it is kept from the garbage
+collector, because closing a database or a connection that the parent uses could harm the parent. File systems that were made
+before the fork are refused in the child; one that is made there begins a session of its own.
 """
 
 from __future__ import annotations
@@ -70,8 +69,8 @@ class NotAfterFork(RuntimeError):
 
     def __init__(self) -> None:
         super().__init__(
-            "a volume cannot be used in a forked process after its parent has opened one: start workers with spawn or "
-            "forkserver (torch: DataLoader(…, multiprocessing_context='spawn'))"
+            "a file system that was made before a fork cannot be used in the child: make another there, or start workers with "
+            "spawn or forkserver (torch: DataLoader(…, multiprocessing_context='spawn'))"
         )
 
 
@@ -174,7 +173,6 @@ class OpenedVolume:
         )
         access = None
         if not isinstance(options.address, EmbeddedAddress):
-            _prepare_grpc()
             token = options.token or read_token(options.token_file, env=os.environ)
             access = Access(token=token, timeout_s=options.meta_timeout_s)
 
@@ -279,8 +277,6 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
 _volumes: dict[VolumeOptions, OpenedVolume] = {}
 _open_for_writing: weakref.WeakSet[_Closable] = weakref.WeakSet()
 _left_by_the_parent: list[object] = []
-_grpc_pid = 0
-"""The process that used gRPC first, this one or one that it was forked from."""
 
 
 async def volume_of(options: VolumeOptions, user: int) -> OpenedVolume:
@@ -328,16 +324,6 @@ def _forget(volume: OpenedVolume) -> None:
 def note_open(file: _Closable) -> None:
     """Let a file that is open for writing be closed at exit, if nobody has done it."""
     _open_for_writing.add(file)
-
-
-def _prepare_grpc() -> None:
-    global _grpc_pid
-    if _grpc_pid not in (0, os.getpid()):
-        raise NotAfterFork
-    _grpc_pid = os.getpid()
-    # Else gRPC's core does something at each fork of this process, and the child dies of it ("Check failed: next_worker->state
-    # == KICKED", 6 of 6 with grpcio 1.85.1). Python's half of that support is off by default anyway.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 
 def _at_exit() -> None:

@@ -184,8 +184,8 @@ class _Client:
 
 async def _worker(arguments: dict[str, Any]) -> Tally:
     """Run some clients in this process."""
-    from client.meta.channel import Endpoint
     from client.meta.connection import SessionConnection
+    from client.meta.endpoint import Endpoint
     from client.meta.remote import RemoteMeta
     from metasvc.errors import FsError
     from metasvc.model import ROOT_INO, Caller

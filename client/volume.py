@@ -229,7 +229,7 @@ class EmbeddedVolume(OpenVolume):
 
 
 class ServiceVolume(OpenVolume):
-    """A volume of a service, reached over gRPC. It has one session, from its opening to its end."""
+    """A volume of a service, reached over the wire. It has one session, from its opening to its end."""
 
     is_sole = False
 
@@ -361,8 +361,8 @@ async def _open_service(
     access: Access,
 ) -> AsyncIterator[OpenVolume]:
     from client.meta.admin import RemoteAdmin
-    from client.meta.channel import Endpoint
     from client.meta.connection import SessionConnection
+    from client.meta.endpoint import Endpoint
 
     endpoint = Endpoint(address.host, address.port, access.token)
     connection = SessionConnection(
@@ -377,9 +377,7 @@ async def _open_service(
     async with AsyncExitStack() as stack:
         await connection.open(timeout_s=max(wait_s, CONNECT_S))
         stack.push_async_callback(connection.close)
-        channel = endpoint.channel()
-        stack.push_async_callback(channel.close)
-        admin = RemoteAdmin(channel, endpoint, address.name, timeout_s=access.timeout_s)
+        admin = RemoteAdmin(endpoint, address.name, timeout_s=access.timeout_s)
         yield ServiceVolume(address, connection=connection, admin=admin, env=env, closing=stack)
 
 

@@ -206,7 +206,7 @@ async def _make_at_service(
 ) -> None:
     """Probe the bucket from here, then have the service make the volume."""
     from client.meta.admin import create_volume
-    from client.meta.channel import Endpoint
+    from client.meta.endpoint import Endpoint
     from client.volume import read_token
 
     endpoint = Endpoint(address.host, address.port, read_token(token_file, env=os.environ))

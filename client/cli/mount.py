@@ -149,7 +149,7 @@ def command(
 def _log_name(volume: Address) -> str:
     """Return the name of the volume's log: that of its cache, the uuid, read without an engine; of a service's its address.
 
-    gRPC must not be used here: its threads do not survive the fork.
+    No connection is made here: the daemon is forked after it.
     """
     import asyncio
 

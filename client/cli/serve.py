@@ -1,6 +1,6 @@
 """``atoll serve``: the metadata service, from start to end.
 
-Owns putting store, volumes and gRPC server together, and ending them in order: no new calls, running ones get a moment, what is
+Owns putting store, volumes and server together, and ending them in order: no new calls, running ones get a moment, what is
 open is committed, the ownership of all volumes is given up. Sessions stay in the store: their clients go on when it is back.
 """
 

@@ -1,4 +1,4 @@
-"""MetaAdmin over unary gRPC calls: what each operation is as a message.
+"""MetaAdmin over the wire, a connection for each call: what each operation is as a message.
 
 Owns the mapping, and repeating a call that a service which was away did not get. A call that may have been applied is not
 repeated where that would matter (restoring from the trash, cloning): who asked gets the error and looks.
@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import Any, Final
 
-import grpc.aio
-
 from chunkstore.geometry import SliceId
-from client.meta.channel import Endpoint
+from client.meta.endpoint import Endpoint, ServiceUnavailable
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api import wire
 from metasvc.api.volume_format import dump_format, parse_format
@@ -47,26 +46,24 @@ class RemoteAdmin:
     Errors as MetaAdmin's, and ServiceUnavailable when the service cannot be reached for ``timeout_s``.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, endpoint: Endpoint, volume: str, *, timeout_s: float) -> None:
-        """``volume`` is TENANT/NAME. The channel stays the caller's."""
+    def __init__(self, endpoint: Endpoint, volume: str, *, timeout_s: float) -> None:
+        """``volume`` is TENANT/NAME."""
         self._endpoint = endpoint
-        self._metadata = endpoint.metadata(volume)
+        self._volume = volume
         self._timeout_s = timeout_s
-        self._administer: Any = channel.unary_unary("/atoll.v1.Volume/Administer")
-        self._check: Any = channel.unary_stream("/atoll.v1.Volume/Check")
 
     async def _ask(self, name: str, value: Any) -> pb.AdminReply:
         request = pb.AdminRequest(**{name: value}).SerializeToString()
         deadline_s = time.monotonic() + self._timeout_s
         while True:
             try:
-                reply = pb.AdminReply.FromString(await self._administer(request, metadata=self._metadata))
-            except grpc.aio.AioRpcError as rpc_error:
-                error = self._endpoint.error(rpc_error)
-                if not error.retryable or name in _ONCE or time.monotonic() > deadline_s:
-                    raise error from rpc_error
+                answer = await self._endpoint.ask(pb.Opening.ADMINISTER, request, volume=self._volume)
+            except ServiceUnavailable:
+                if name in _ONCE or time.monotonic() > deadline_s:
+                    raise
                 await asyncio.sleep(_PAUSE_S)
                 continue
+            reply = pb.AdminReply.FromString(answer)
             if reply.HasField("failure"):
                 raise wire.error_of(reply.failure)
             return reply
@@ -129,14 +126,12 @@ class RemoteAdmin:
 
     async def check(self, *, repair: bool) -> AsyncIterator[Problem]:
         request = pb.CheckRequest(repair=repair).SerializeToString()
-        try:
-            async for data in self._check(request, metadata=self._metadata):
+        async with aclosing(self._endpoint.answers(pb.Opening.CHECK, request, volume=self._volume)) as answers:
+            async for data in answers:
                 message = pb.Problem.FromString(data)
                 if message.HasField("failure"):
                     raise wire.error_of(message.failure)
                 yield wire.row_of(Problem, message)
-        except grpc.aio.AioRpcError as error:
-            raise self._endpoint.error(error) from error
 
     # -- for the jobs that touch objects ------------------------------------------------------------------------------
 
@@ -184,21 +179,11 @@ async def create_volume(
     request = pb.CreateVolumeRequest(
         format=pb.VolumeFormat(json=dump_format(volume_format)), uid=uid, gid=gid, mode=mode
     )
-    data = await _tenancy(endpoint, "CreateVolume", request.SerializeToString())
+    data = await endpoint.ask(pb.Opening.CREATE_VOLUME, request.SerializeToString())
     return parse_format(pb.VolumeFormat.FromString(data).json)
 
 
 async def list_volumes(endpoint: Endpoint, *, tenant: str = "") -> list[VolumeFormat]:
     """Return the formats of the volumes of a tenant, or of all."""
-    data = await _tenancy(endpoint, "ListVolumes", pb.ListVolumesRequest(tenant=tenant).SerializeToString())
+    data = await endpoint.ask(pb.Opening.LIST_VOLUMES, pb.ListVolumesRequest(tenant=tenant).SerializeToString())
     return [parse_format(each.json) for each in pb.ListVolumesReply.FromString(data).formats]
-
-
-async def _tenancy(endpoint: Endpoint, method: str, request: bytes) -> bytes:
-    async with endpoint.channel() as channel:
-        call: Any = channel.unary_unary(f"/atoll.v1.Tenancy/{method}")
-        try:
-            answer: bytes = await call(request, metadata=endpoint.metadata(None))
-            return answer
-        except grpc.aio.AioRpcError as error:
-            raise endpoint.error(error) from error

@@ -14,11 +14,13 @@ kernel repeats a system call on a path that answers ESTALE; commits, which belon
 asked in the new session; what was open is registered anew, as far as it still exists. Slice ids of the old session are
 worthless then, which users of this see by the session's number.
 
-Interleavings. All state belongs to the event loop. One task (`_run`) connects and reconnects. While a stream stands it has
-three children: a writer (requests that wait go out together), a reader (the only one that completes requests and counts
-opens, so that at any moment the opens are exactly those of the replies that came), and one that asks for signs of life and
-looks for silence. Only the writer writes: gRPC allows one write at a time. A caller that is cancelled leaves its request
+Interleavings. All state belongs to the event loop. One task (`_run`) connects and reconnects. While a stream stands, `_flush`
+sends what waits, in one message, at the end of the turn of the loop in which it was asked (`_flush_soon`); `_message` takes
+what comes, and is the only one that completes requests and counts opens, so that at any moment the opens are exactly those of
+the replies that came; and one task asks for signs of life and looks for silence. A caller that is cancelled leaves its request
 behind: its reply still comes, and if it opened something that is released.
+
+Nobody waits for a release: it goes out with the next request, or after `RELEASE_S`.
 """
 
 from __future__ import annotations
@@ -31,14 +33,12 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final
 
-import grpc
-import grpc.aio
-
 from chunkstore.errors import AtollError
 from chunkstore.geometry import MAX_FILE_BYTES
-from client.meta.channel import Endpoint, ServiceRefused, ServiceUnavailable, SessionEnded
+from client.meta.endpoint import Endpoint, ServiceRefused, ServiceUnavailable, SessionEnded
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api import wire
+from metasvc.api.frames import ConnectionLost, EndedByService, Frames, NotOurs, Stalled
 from metasvc.api.volume_format import parse_format
 from metasvc.errors import FsError
 from metasvc.model import Ino, SessionId, VolumeFormat
@@ -57,6 +57,8 @@ FIRST_DELAY_S: Final = 0.05
 MAX_DELAY_S: Final = 1.0
 _BATCH_BYTES: Final = 4 * 1024 * 1024
 _GOODBYE_S: Final = 10.0
+RELEASE_S: Final = 0.02
+"""A release waits so long for a message that it can go with: by itself it would cost the service as much as an open."""
 _CHANGING: Final = frozenset(
     {
         "mknod",
@@ -76,8 +78,6 @@ _CHANGING: Final = frozenset(
     }
 )
 log = logging.getLogger(__name__)
-
-Stream = grpc.aio.StreamStreamCall[bytes, bytes]
 
 
 class _Pending:
@@ -119,7 +119,8 @@ class SessionConnection:
         self._volume = volume
         self._hello = pb.Hello(protocol=PROTOCOL, host=host, pid=pid, mountpoint=mountpoint)
         self._timeout_s = timeout_s
-        self._channel: grpc.aio.Channel | None = None
+        self._frames: Frames | None = None
+        """The stream, while one stands."""
         self._welcome = pb.Welcome()
         self._format: VolumeFormat | None = None
         self._next = 1
@@ -133,7 +134,8 @@ class SessionConnection:
         self._given_up: set[int] = set()
         """Those whose time was up."""
         self._sign_is_due = False
-        self._wake = asyncio.Event()
+        self._flush_is_due = False
+        self._later: asyncio.TimerHandle | None = None
         self._room = asyncio.Event()
         self._heard_s = 0.0
         self._away_since_s: float | None = time.monotonic()
@@ -171,7 +173,6 @@ class SessionConnection:
 
     async def open(self, *, timeout_s: float) -> None:
         """Connect and begin a session. ServiceUnavailable after so long; what the service refuses at once."""
-        self._channel = self._endpoint.channel()
         self._task = asyncio.create_task(self._run(), name=f"session at {self._endpoint}")
         try:
             async with asyncio.timeout(timeout_s):
@@ -187,7 +188,7 @@ class SessionConnection:
     async def close(self) -> None:
         """End the session, if the service can be reached; else it ends by itself. Pending requests fail."""
         self._is_ending = True
-        self._wake.set()
+        self._flush()
         if self._task is not None and self.is_connected:
             await asyncio.wait([self._task], timeout=_GOODBYE_S)
         await self._end()
@@ -200,9 +201,9 @@ class SessionConnection:
             self._opened.exception()
         if self._over is None:
             self._over = ServiceUnavailable("the session with the metadata service was closed", retryable=False)
+        if self._later is not None:
+            self._later.cancel()
         self._fail_all(self._over)
-        if self._channel is not None:
-            await self._channel.close()
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -213,18 +214,14 @@ class SessionConnection:
             await self._room.wait()
         if self._over is not None:
             raise self._over
-        if self._away_since_s is not None and time.monotonic() - self._away_since_s > self._timeout_s:
-            if name == "release":
-                # Said at the next Hello, by not being named any more.
-                self._released(Ino(operation.ino))
-                return pb.Reply()
+        if self._is_away_too_long():
             raise self._too_long()
         request = pb.Request(number=self._next, **{name: operation})
         self._next += 1
         self.requests += 1
         pending = self._pending[request.number] = _Pending(request, name)
         self._outgoing.append(request)
-        self._wake.set()
+        self._flush_soon()
         try:
             reply = await pending.future
         except asyncio.CancelledError:
@@ -236,10 +233,26 @@ class SessionConnection:
             raise wire.error_of(reply.failure)
         return reply
 
+    def release(self, ino: Ino) -> None:
+        """Give back one open, soon. Nobody waits for it: what it frees is the service's matter."""
+        if self._over is not None:
+            return
+        if self._is_away_too_long():
+            # Said at the next Hello, by not being named any more.
+            self._released(ino)
+            return
+        self._outgoing.append(self._ask("release", pb.Release(ino=ino)))
+        self.requests += 1
+        if self._later is None and not self._flush_is_due:
+            self._later = asyncio.get_running_loop().call_later(RELEASE_S, self._flush)
+
+    def _is_away_too_long(self) -> bool:
+        return self._away_since_s is not None and time.monotonic() - self._away_since_s > self._timeout_s
+
     def _give_back(self, pending: _Pending) -> None:
         """Release what a request opened whose caller is gone."""
         if pending.future.exception() is None and (reply := pending.future.result()).opens and reply.inodes.ino:
-            self._send_release(Ino(reply.inodes.ino[0]))
+            self.release(Ino(reply.inodes.ino[0]))
 
     def _too_long(self) -> AtollError:
         return ServiceUnavailable(
@@ -258,7 +271,7 @@ class SessionConnection:
         """Take note that the service has one request less under way."""
         self._sent -= 1
         if self._outgoing:
-            self._wake.set()
+            self._flush_soon()
 
     def _give_up(self, number: int, pending: _Pending) -> None:
         """Stop waiting for a reply whose time is up. The service may still be at it, so it still counts."""
@@ -295,7 +308,7 @@ class SessionConnection:
                 # An open or create that was given up: nobody will release it. Counted, as its release will be.
                 ino = Ino(reply.inodes.ino[0])
                 self._opens[ino] += 1
-                self._send_release(ino)
+                self.release(ino)
             return
         if not reply.HasField("failure"):
             if reply.opens:
@@ -303,7 +316,7 @@ class SessionConnection:
                 self._opens[ino] += 1
                 if pending.future.cancelled():
                     # Nobody will release it.
-                    self._send_release(ino)
+                    self.release(ino)
             elif pending.name == "release":
                 self._released(Ino(pending.request.release.ino))
             elif pending.name == "reserve":
@@ -312,10 +325,6 @@ class SessionConnection:
                     self._promised[ino] = max(self._promised.get(ino, 0), reply.count)
         if not pending.future.done():
             pending.future.set_result(reply)
-
-    def _send_release(self, ino: Ino) -> None:
-        self._outgoing.append(self._ask("release", pb.Release(ino=ino)))
-        self._wake.set()
 
     def _released(self, ino: Ino) -> None:
         self._opens[ino] -= 1
@@ -335,8 +344,8 @@ class SessionConnection:
                 try:
                     await self._stand()
                     return
-                except grpc.aio.AioRpcError as rpc_error:
-                    error = self._endpoint.error(rpc_error)
+                except (EndedByService, ConnectionLost, Stalled, NotOurs) as ended:
+                    error = self._endpoint.error(ended)
                 except TimeoutError:
                     error = ServiceUnavailable(f"the service at {self._endpoint} says nothing")
                 except AtollError as told:
@@ -391,29 +400,30 @@ class SessionConnection:
 
     async def _stand(self) -> None:
         """Open a stream and serve it to its end; returns if that was our goodbye."""
-        assert self._channel is not None
-        method: Any = self._channel.stream_stream("/atoll.v1.Volume/Session")
-        stream: Stream = method(metadata=self._endpoint.metadata(self._volume))
+        began_s = time.monotonic()
+        frames = await self._endpoint.connect(pb.Opening.SESSION, self._volume)
         try:
             self._heard_s = time.monotonic()
-            async with asyncio.timeout(HELLO_S):
-                await self._greet(stream)
+            async with asyncio.timeout(HELLO_S - (self._heard_s - began_s)):
+                await self._greet(frames)
+            frames.on_room = self._flush
+            self._frames = frames
+            frames.deliver(self._message)
+            self._flush()
+            living = asyncio.create_task(self._live(), name="signs of life")
             try:
-                async with asyncio.TaskGroup() as tasks:
-                    reader = tasks.create_task(self._read(stream), name="reader")
-                    others = [
-                        tasks.create_task(self._write(stream), name="writer"),
-                        tasks.create_task(self._live(stream), name="signs of life"),
-                    ]
-                    await asyncio.wait([reader])
-                    for task in others:
-                        task.cancel()
-            except BaseExceptionGroup as group:
-                raise _first(group) from group
+                await asyncio.wait({living, frames.closed}, return_when=asyncio.FIRST_COMPLETED)
+                await (frames.closed if frames.closed.done() else living)
+            finally:
+                living.cancel()
+        except EndedByService as ended:
+            if not (self._is_ending and ended.reason == pb.Ended.DONE):
+                raise
         finally:
-            stream.cancel()
+            self._frames = None
+            frames.close()
 
-    async def _greet(self, stream: Stream) -> None:
+    async def _greet(self, frames: Frames) -> None:
         hello = self._hello
         del hello.open_inos[:]
         del hello.open_counts[:]
@@ -423,12 +433,8 @@ class SessionConnection:
         hello.open_ends.extend(self._promised.get(ino, 0) for ino in self._opens)
         del hello.repeated[:]
         hello.repeated.extend(number for number, pending in self._pending.items() if pending.was_sent)
-        await stream.write(pb.FromClient(hello=hello, confirmed=self._confirmed()).SerializeToString())
-        data = await stream.read()
-        if not isinstance(data, bytes):
-            await _raise_status(stream)
-            raise ServiceUnavailable(f"the service at {self._endpoint} ended the stream")
-        welcome = pb.FromService.FromString(data).welcome
+        frames.send(pb.FromClient(hello=hello, confirmed=self._confirmed()).SerializeToString())
+        welcome = pb.FromService.FromString(await frames.read()).welcome
         is_new = welcome.session_id != self._hello.session_id
         self._format = parse_format(welcome.format.json)
         self._welcome = welcome
@@ -442,7 +448,6 @@ class SessionConnection:
         self._given_up.clear()
         for pending in self._pending.values():
             pending.is_sent = False
-        self._wake.set()
         self._room.set()
         if self._opened.done():
             log.warning("connected to the service at %s again, session %d", self._endpoint, welcome.session_id)
@@ -470,18 +475,28 @@ class SessionConnection:
     def _confirmed(self) -> int:
         return next(iter(self._pending), self._next)
 
-    async def _write(self, stream: Stream) -> None:
-        while not (self._is_ending and not self._pending):
-            await self._wake.wait()
-            self._wake.clear()
-            while (batch := self._batch()) or self._sign_is_due:
-                self._sign_is_due = False
-                message = pb.FromClient(requests=batch, confirmed=self._confirmed())
-                if not await _written(stream, message):
-                    return
-                self.messages_sent += 1
-        if await _written(stream, pb.FromClient(confirmed=self._confirmed(), goodbye=True)):
-            await stream.done_writing()
+    def _flush_soon(self) -> None:
+        """Send at the end of this turn of the loop, with what else is asked in it."""
+        if not self._flush_is_due:
+            self._flush_is_due = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        """Send what waits, as far as there is room. The rest goes when there is."""
+        self._flush_is_due = False
+        if self._later is not None:
+            self._later.cancel()
+            self._later = None
+        frames = self._frames
+        if frames is None:
+            return
+        while not frames.is_congested and ((batch := self._batch()) or self._sign_is_due):
+            self._sign_is_due = False
+            frames.send(pb.FromClient(requests=batch, confirmed=self._confirmed()).SerializeToString())
+            self.messages_sent += 1
+        if self._is_ending and not self._pending:
+            self._frames = None
+            frames.send(pb.FromClient(confirmed=self._confirmed(), goodbye=True).SerializeToString())
 
     def _batch(self) -> list[pb.Request]:
         """Take requests that go out in one message: never more than the service takes at once, and none that was given up."""
@@ -502,22 +517,15 @@ class SessionConnection:
         del self._outgoing[:taken]
         return batch
 
-    async def _read(self, stream: Stream) -> None:
-        while True:
-            data = await stream.read()
-            if not isinstance(data, bytes):
-                await _raise_status(stream)
-                if self._is_ending:
-                    return
-                raise ServiceUnavailable(f"the service at {self._endpoint} ended the stream")
-            self._heard_s = time.monotonic()
-            self.messages_received += 1
-            for reply in pb.FromService.FromString(data).replies:
-                self._receive(reply)
-            if self._is_ending and not self._pending:
-                self._wake.set()
+    def _message(self, data: bytes) -> None:
+        self._heard_s = time.monotonic()
+        self.messages_received += 1
+        for reply in pb.FromService.FromString(data).replies:
+            self._receive(reply)
+        if self._is_ending and not self._pending:
+            self._flush_soon()
 
-    async def _live(self, stream: Stream) -> None:
+    async def _live(self) -> None:
         """Give signs of life, and look for silence."""
         interval_s = self._welcome.keepalive_s
         while True:
@@ -527,7 +535,7 @@ class SessionConnection:
                     f"nothing was heard of the service at {self._endpoint} for {SILENCE * interval_s:.0f} s"
                 )
             self._sign_is_due = True
-            self._wake.set()
+            self._flush()
 
     async def _sweep(self) -> None:
         """Fail requests whose time is up."""
@@ -538,26 +546,3 @@ class SessionConnection:
                 if pending.began_s > late_s:
                     break
                 self._give_up(number, pending)
-
-
-async def _written(stream: Stream, message: pb.FromClient) -> bool:
-    """Write a message; False if the stream has ended: its reader learns why."""
-    try:
-        await stream.write(message.SerializeToString())
-    except asyncio.InvalidStateError:
-        return False
-    return True
-
-
-async def _raise_status(stream: Stream) -> None:
-    """Raise the status with which the service ended a stream, unless it is OK."""
-    status = await stream.code()
-    if status is not grpc.StatusCode.OK:
-        raise grpc.aio.AioRpcError(status, grpc.aio.Metadata(), grpc.aio.Metadata(), details=await stream.details())
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

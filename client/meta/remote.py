@@ -6,11 +6,13 @@ Owns the mapping only; what the operations do is said in metasvc/api.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from client.meta.connection import SessionConnection
+from client.meta.recent import Recent, just_before
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api import wire
+from metasvc.errors import FsError
 from metasvc.model import (
     Caller,
     Commit,
@@ -40,6 +42,7 @@ class RemoteMeta:
         """Take an open connection."""
         self._connection = connection
         self._call = connection.call
+        self._recent = Recent()
 
     @property
     def format(self) -> VolumeFormat:
@@ -49,15 +52,41 @@ class RemoteMeta:
     def session_id(self) -> SessionId:
         return self._connection.session_id
 
+    async def _change(self, name: str, message: Any) -> pb.Reply:
+        """Call an operation that changes names."""
+        reply = await self._call(name, message)
+        self._recent.changed(wire.inodes_of(reply.directories))
+        return reply
+
     # -- names --------------------------------------------------------------------------------------------------------
 
     async def lookup(self, parent: Ino, name: bytes) -> Inode:
-        return wire.inode_of(await self._call("lookup", pb.Lookup(parent=parent, name=name)))
+        recent = self._recent
+        known = recent.name(parent, name)
+        if known is not None:
+            return known
+        count = recent.wanted(parent)
+        before = just_before(name)
+        if count and before is not None:
+            asked_at = recent.changes
+            page = await self.readdir(parent, after=before, limit=count)
+            recent.page(parent, page.entries, asked_at=asked_at)
+            for entry in page.entries:
+                if entry.name == name:
+                    return entry.inode
+        try:
+            return wire.inode_of(await self._call("lookup", pb.Lookup(parent=parent, name=name)))
+        except FsError:
+            recent.absent(parent)
+            raise
 
     async def resolve(self, start: Ino, path: Sequence[bytes]) -> list[Inode]:
         return wire.inodes_of((await self._call("resolve", pb.Resolve(start=start, path=path))).inodes)
 
     async def getattr(self, ino: Ino) -> Inode:
+        known = self._recent.directory(ino)
+        if known is not None:
+            return known
         return wire.inode_of(await self._call("getattr", pb.GetAttr(inos=[ino], one=True)))
 
     async def getattr_many(self, inos: Sequence[Ino]) -> list[Inode | None]:
@@ -72,27 +101,27 @@ class RemoteMeta:
 
     async def mknod(self, caller: Caller, parent: Ino, name: bytes, *, mode: int, rdev: int = 0) -> Inode:
         message = pb.MakeNode(caller=wire.caller_message(caller), parent=parent, name=name, mode=mode, rdev=rdev)
-        return wire.inode_of(await self._call("mknod", message))
+        return wire.inode_of(await self._change("mknod", message))
 
     async def mkdir(self, caller: Caller, parent: Ino, name: bytes, *, mode: int) -> Inode:
         return await self.mknod(caller, parent, name, mode=0o040000 | (mode & 0o7777))
 
     async def symlink(self, caller: Caller, parent: Ino, name: bytes, target: bytes) -> Inode:
         message = pb.Symlink(caller=wire.caller_message(caller), parent=parent, name=name, target=target)
-        return wire.inode_of(await self._call("symlink", message))
+        return wire.inode_of(await self._change("symlink", message))
 
     async def readlink(self, ino: Ino) -> bytes:
         return (await self._call("readlink", pb.ReadLink(ino=ino))).value
 
     async def link(self, caller: Caller, ino: Ino, parent: Ino, name: bytes) -> Inode:
         message = pb.Link(caller=wire.caller_message(caller), ino=ino, parent=parent, name=name)
-        return wire.inode_of(await self._call("link", message))
+        return wire.inode_of(await self._change("link", message))
 
     async def unlink(self, caller: Caller, parent: Ino, name: bytes) -> None:
-        await self._call("unlink", pb.Unlink(caller=wire.caller_message(caller), parent=parent, name=name))
+        await self._change("unlink", pb.Unlink(caller=wire.caller_message(caller), parent=parent, name=name))
 
     async def rmdir(self, caller: Caller, parent: Ino, name: bytes) -> None:
-        await self._call("rmdir", pb.RemoveDir(caller=wire.caller_message(caller), parent=parent, name=name))
+        await self._change("rmdir", pb.RemoveDir(caller=wire.caller_message(caller), parent=parent, name=name))
 
     async def rename(
         self, caller: Caller, parent: Ino, name: bytes, new_parent: Ino, new_name: bytes, *, flags: RenameFlags
@@ -105,12 +134,14 @@ class RemoteMeta:
             new_name=new_name,
             flags=int(flags),
         )
-        await self._call("rename", message)
+        await self._change("rename", message)
 
     # -- attributes ---------------------------------------------------------------------------------------------------
 
     async def setattr(self, caller: Caller, ino: Ino, changes: SetAttr) -> Inode:
-        return wire.inode_of(await self._call("setattr", wire.set_attr_message(caller, ino, changes)))
+        inode = wire.inode_of(await self._call("setattr", wire.set_attr_message(caller, ino, changes)))
+        self._recent.forget(ino)
+        return inode
 
     async def getxattr(self, ino: Ino, name: bytes) -> bytes:
         return (await self._call("getxattr", pb.GetXattr(ino=ino, name=name))).value
@@ -121,9 +152,11 @@ class RemoteMeta:
     async def setxattr(self, caller: Caller, ino: Ino, name: bytes, value: bytes, *, flags: int) -> None:
         message = pb.SetXattr(caller=wire.caller_message(caller), ino=ino, name=name, value=value, flags=flags)
         await self._call("setxattr", message)
+        self._recent.forget(ino)
 
     async def removexattr(self, caller: Caller, ino: Ino, name: bytes) -> None:
         await self._call("removexattr", pb.RemoveXattr(caller=wire.caller_message(caller), ino=ino, name=name))
+        self._recent.forget(ino)
 
     async def statfs(self, ino: Ino) -> StatFs:
         return wire.statfs_of(await self._call("statfs", pb.StatFs(ino=ino)))
@@ -137,10 +170,10 @@ class RemoteMeta:
         message = pb.Create(
             caller=wire.caller_message(caller), parent=parent, name=name, mode=mode, exclusive=exclusive
         )
-        return wire.open_of(await self._call("create", message))
+        return wire.open_of(await self._change("create", message))
 
     async def release(self, ino: Ino) -> None:
-        await self._call("release", pb.Release(ino=ino))
+        self._connection.release(ino)
 
     async def read_map(self, ino: Ino, *, start: int, end: int) -> FileMap:
         return wire.map_of((await self._call("read_map", pb.ReadMap(ino=ino, start=start, end=end))).map)
@@ -153,11 +186,15 @@ class RemoteMeta:
         return (await self._call("reserve", pb.Reserve(ino=ino, end=end))).count
 
     async def commit(self, caller: Caller, ino: Ino, commit: Commit) -> Inode:
-        return wire.inode_of(await self._call("commit", wire.commit_message(caller, ino, commit)))
+        inode = wire.inode_of(await self._call("commit", wire.commit_message(caller, ino, commit)))
+        self._recent.changed()
+        return inode
 
     async def punch(self, caller: Caller, ino: Ino, *, start: int, end: int) -> OpenFile:
         message = pb.Punch(caller=wire.caller_message(caller), ino=ino, start=start, end=end)
-        return wire.open_of(await self._call("punch", message))
+        reply = await self._call("punch", message)
+        self._recent.changed()
+        return wire.open_of(reply)
 
     async def copy_range(
         self, caller: Caller, source: Ino, start: int, target: Ino, target_start: int, length: int
@@ -171,4 +208,5 @@ class RemoteMeta:
             length=length,
         )
         reply = await self._call("copy_range", message)
+        self._recent.changed()
         return reply.count, wire.open_of(reply)

@@ -1,7 +1,7 @@
 """The seam between clients and the owner of a volume: compound metadata operations.
 
-``MetaClient`` is what everything in client/ sees. metasvc.engine implements it in the same process; gRPC
-implements it over the wire. One object is one session. All methods are coroutines and may be called
+``MetaClient`` is what everything in client/ sees. metasvc.engine implements it in the same process,
+client.meta over the wire. One object is one session. All methods are coroutines and may be called
 concurrently; an operation that changes something is durable, and visible to every later call of any
 session, before its coroutine returns.
 
@@ -168,7 +168,10 @@ class MetaClient(Protocol):
         ...
 
     async def release(self, ino: Ino) -> None:
-        """Undo one open; the last one of a nameless inode removes it. Never fails for an unknown inode."""
+        """Undo one open; the last one of a nameless inode removes it. Never fails for an unknown inode.
+
+        May return before that is done: over the wire the owner learns of it with the next request, or 20 ms later.
+        """
         ...
 
     async def read_map(self, ino: Ino, *, start: int, end: int) -> FileMap:

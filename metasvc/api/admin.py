@@ -1,6 +1,6 @@
 """What an administrator asks of the owner of a volume: the second seam beside MetaClient.
 
-Implemented by metasvc.engine directly, later by unary gRPC calls. Long walks are async iterators that hold
+Implemented by metasvc.engine directly, and by client.meta over the wire. Long walks are async iterators that hold
 no lock and see a moving volume; what they promise is said at each.
 """
 

@@ -16,6 +16,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -26,6 +27,125 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+@_typing.final
+class Opening(_message.Message):
+    """A connection (metasvc/api/frames.py has its bytes) begins with Opening and serves one method:
+      SESSION        FromClient and FromService, until either side ends it. Operations go in numbered, several to a message; their
+                     replies come back as they are done, several to a message, each after all whose effects it can see.
+      ADMINISTER     AdminRequest, answered by AdminReply.
+      CHECK          CheckRequest, answered by every Problem as it is found.
+      CREATE_VOLUME  CreateVolumeRequest, answered by VolumeFormat: make a volume with its first rows; its tenant too, if it lacks.
+      LIST_VOLUMES   ListVolumesRequest, answered by ListVolumesReply.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Method:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Opening._Method.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        SESSION: Opening._Method.ValueType  # 0
+        ADMINISTER: Opening._Method.ValueType  # 1
+        CHECK: Opening._Method.ValueType  # 2
+        CREATE_VOLUME: Opening._Method.ValueType  # 3
+        LIST_VOLUMES: Opening._Method.ValueType  # 4
+
+    class Method(_Method, metaclass=_MethodEnumTypeWrapper): ...
+    SESSION: Opening.Method.ValueType  # 0
+    ADMINISTER: Opening.Method.ValueType  # 1
+    CHECK: Opening.Method.ValueType  # 2
+    CREATE_VOLUME: Opening.Method.ValueType  # 3
+    LIST_VOLUMES: Opening.Method.ValueType  # 4
+
+    METHOD_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    VOLUME_FIELD_NUMBER: _builtins.int
+    method: Global___Opening.Method.ValueType
+    token: _builtins.str
+    volume: _builtins.str
+    """TENANT/NAME, for those of one volume."""
+    def __init__(
+        self,
+        *,
+        method: Global___Opening.Method.ValueType = ...,
+        token: _builtins.str = ...,
+        volume: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["method", b"method", "token", b"token", "volume", b"volume"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Opening: _TypeAlias = Opening  # noqa: Y015
+
+@_typing.final
+class Ended(_message.Message):
+    """Why a connection ends: the last that the service says."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Reason:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Ended._Reason.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        DONE: Ended._Reason.ValueType  # 0
+        """All was said."""
+        AGAIN: Ended._Reason.ValueType  # 1
+        """Come again soon, and go on."""
+        SESSION_ENDED: Ended._Reason.ValueType  # 2
+        """The session is no more: begin another."""
+        NO_ACCESS: Ended._Reason.ValueType  # 3
+        """All others are final; the details say what to do."""
+        NO_VOLUME: Ended._Reason.ValueType  # 4
+        VOLUME_EXISTS: Ended._Reason.ValueType  # 5
+        INVALID: Ended._Reason.ValueType  # 6
+        """What was asked for cannot be, or breaks the protocol."""
+        UNKNOWN_METHOD: Ended._Reason.ValueType  # 7
+        """A method that the service does not know."""
+        FAILED: Ended._Reason.ValueType  # 8
+        """A defect of the service; its log says more."""
+
+    class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper): ...
+    DONE: Ended.Reason.ValueType  # 0
+    """All was said."""
+    AGAIN: Ended.Reason.ValueType  # 1
+    """Come again soon, and go on."""
+    SESSION_ENDED: Ended.Reason.ValueType  # 2
+    """The session is no more: begin another."""
+    NO_ACCESS: Ended.Reason.ValueType  # 3
+    """All others are final; the details say what to do."""
+    NO_VOLUME: Ended.Reason.ValueType  # 4
+    VOLUME_EXISTS: Ended.Reason.ValueType  # 5
+    INVALID: Ended.Reason.ValueType  # 6
+    """What was asked for cannot be, or breaks the protocol."""
+    UNKNOWN_METHOD: Ended.Reason.ValueType  # 7
+    """A method that the service does not know."""
+    FAILED: Ended.Reason.ValueType  # 8
+    """A defect of the service; its log says more."""
+
+    REASON_FIELD_NUMBER: _builtins.int
+    DETAILS_FIELD_NUMBER: _builtins.int
+    reason: Global___Ended.Reason.ValueType
+    details: _builtins.str
+    def __init__(
+        self,
+        *,
+        reason: Global___Ended.Reason.ValueType = ...,
+        details: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["details", b"details", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ended: _TypeAlias = Ended  # noqa: Y015
 
 @_typing.final
 class FromClient(_message.Message):
@@ -1083,6 +1203,7 @@ class Reply(_message.Message):
     OPENS_FIELD_NUMBER: _builtins.int
     PROMISED_END_FIELD_NUMBER: _builtins.int
     IS_NEW_FIELD_NUMBER: _builtins.int
+    DIRECTORIES_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     end: _builtins.bool
     value: _builtins.bytes
@@ -1108,6 +1229,10 @@ class Reply(_message.Message):
     def map(self) -> Global___FileMap: ...
     @_builtins.property
     def statfs(self) -> Global___StatFsReply: ...
+    @_builtins.property
+    def directories(self) -> Global___Inodes:
+        """The directories that the request changed, as they are with the change: a kernel asks for them right after it."""
+
     def __init__(
         self,
         *,
@@ -1124,10 +1249,11 @@ class Reply(_message.Message):
         opens: _builtins.bool = ...,
         promised_end: _builtins.int = ...,
         is_new: _builtins.bool = ...,
+        directories: Global___Inodes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "inodes", b"inodes", "map", b"map", "statfs", b"statfs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["directories", b"directories", "failure", b"failure", "inodes", b"inodes", "map", b"map", "statfs", b"statfs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "end", b"end", "failure", b"failure", "first", b"first", "inodes", b"inodes", "is_new", b"is_new", "map", b"map", "names", b"names", "number", b"number", "opens", b"opens", "promised_end", b"promised_end", "statfs", b"statfs", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "directories", b"directories", "end", b"end", "failure", b"failure", "first", b"first", "inodes", b"inodes", "is_new", b"is_new", "map", b"map", "names", b"names", "number", b"number", "opens", b"opens", "promised_end", b"promised_end", "statfs", b"statfs", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

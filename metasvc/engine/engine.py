@@ -207,7 +207,7 @@ class Engine:
         rule: Rule,
         *args: Any,
         then: Callable[[Any], None] | None = None,
-        record: Callable[[Any], Replies] | None = None,
+        record: Callable[[Any, Tx], Replies] | None = None,
         hold: Hold | None = None,
         of_session: bool = False,
     ) -> Any:
@@ -242,7 +242,7 @@ class Engine:
                     await self._held_back(self._all_returned)
                     continue
                 if record is not None:
-                    replies = record(result)
+                    replies = record(result, tx)
                     changes[REPLIES] = {replies.session_id: replies}
                 batch = self.committer.add(changes, tx.fresh)
                 for (holder, ino), row in changes.get(SUSTAINED, {}).items():

@@ -64,7 +64,7 @@ class EngineSession:
     def session_id(self) -> SessionId:
         return self._session_id
 
-    def _recorder(self, caller: Caller) -> Callable[[Any], Replies] | None:
+    def _recorder(self, caller: Caller) -> Callable[[Any, Tx], Replies] | None:
         """Return what makes, of the result of a request, the row that is to be durable with its changes. Here: none."""
         return None
 

@@ -161,6 +161,11 @@ class Tx:
             return cast("Quota | None", changed[ino])
         return cast("Quota | None", self.rows.resident_get(QUOTA, ino))
 
+    def changed_inodes(self, inos: Iterable[Ino]) -> list[Inode]:
+        """Return those of some inodes that the operation has changed, as they are with the change."""
+        changed = cast("dict[Ino, Inode | None]", self.changes.get(INODE, {}))
+        return [inode for ino in inos if (inode := changed.get(ino)) is not None]
+
     # -- changing -------------------------------------------------------------------------------------
 
     def put(self, table: Table, row: Row | Inode | Dentry | Chunk | Slice | Xattr | Link) -> None:

@@ -3,9 +3,9 @@
 Owns the bounds of a stream: how long a client may take to say Hello and to read what it asked for, and how much may wait for
 it. Must not know what requests mean. What a session does goes on without its stream.
 
-Two tasks: the reader (the handler itself) starts requests, the writer sends what they answered, all that is there in one
-message. The reader takes nothing more while more than `QUEUE_BYTES` wait to be sent, so a client that does not read is not
-served either, and after `WRITE_S` its stream ends. All state is touched on the event loop only.
+What comes in starts requests at once (`_take`); what they answer goes out at the end of the turn of the loop, all of it in one
+message (`_flush`). Nothing is taken in while more than `QUEUE_BYTES` wait to be sent, so a client that does not read is not
+served either, and after frames.STALLED_S its connection ends. All state is touched on the event loop only.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import logging
 import time
 from typing import Any, Final
 
-import grpc
-import grpc.aio
 from google.protobuf.message import DecodeError
 
 from chunkstore.errors import AtollError
 from metasvc.api import atoll_pb2 as pb
+from metasvc.api.frames import Frames
 from metasvc.api.volume_format import dump_format
 from metasvc.model import Ino, SessionId
 from metasvc.server.session import MAX_NUMBER, MAX_OUTSTANDING, Misbehaved, ServedSession
@@ -32,36 +31,33 @@ OLDEST_PROTOCOL: Final = 1
 KEEPALIVE_S: Final = 2.0
 HELLO_S: Final = 10.0
 """A stream that has not said Hello by then is closed."""
-WRITE_S: Final = 30.0
-"""A client that does not take a message for so long is cut off."""
 QUEUE_BYTES: Final = 4 * 1024 * 1024
 JOINED_BYTES: Final = 1024 * 1024
 """Replies are joined into one message up to about so much."""
 MAX_OPENS: Final = 1_000_000
 
-Context = grpc.aio.ServicerContext[bytes, bytes]
-
 log = logging.getLogger(__name__)
 
 
-class Silent(Exception):
+class Silent(AtollError):
     """A client, or the network to it, stands still: its stream ends, and it may come again."""
+
+    retryable = True
 
 
 class Connection:
     """One stream of one session: metasvc.server.session.Outlet."""
 
-    def __init__(self, context: Context, *, peer: str) -> None:
-        """Take a stream whose client is known to be allowed in."""
-        self._context = context
-        self._peer = peer
+    def __init__(self, frames: Frames) -> None:
+        """Take a connection whose client is known to be allowed in."""
+        loop = asyncio.get_running_loop()
+        self._frames = frames
         self._out: list[bytes] = []
         self._out_bytes = 0
-        self._wake = asyncio.Event()
-        self._room = asyncio.Event()
-        self._room.set()
-        self._failed: asyncio.Future[AtollError] = asyncio.get_running_loop().create_future()
-        self._is_ending = False
+        self._is_due = False
+        self._is_paused = False
+        self._ended: asyncio.Future[bool] = loop.create_future()
+        """The client said goodbye, or `fail` what it raises."""
         self._session: ServedSession | None = None
         self.messages_in = 0
         self.messages_out = 0
@@ -69,72 +65,50 @@ class Connection:
     def send(self, message: bytes) -> None:
         self._out.append(message)
         self._out_bytes += len(message)
-        if self._out_bytes > QUEUE_BYTES:
-            self._room.clear()
-        self._wake.set()
+        if not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_soon(self._flush)
 
     def fail(self, error: AtollError) -> None:
-        if not self._failed.done():
-            self._failed.set_result(error)
+        if not self._ended.done():
+            self._ended.set_exception(error)
 
     async def serve(self, volume: Volume) -> None:
-        """Serve the stream to its end. What ends it early is told to the client by the status of the stream."""
-        work = asyncio.create_task(self._serve(volume), name="stream")
-        waited: set[asyncio.Future[Any]] = {work, self._failed}
+        """Serve the stream to its end. Raises what ends it early; the caller tells the client."""
+        self._ended.add_done_callback(lambda done: done.cancelled() or done.exception())
+        serving = asyncio.create_task(self._serve(volume), name="stream")
+        ends: set[asyncio.Future[Any]] = {serving, self._ended}
         try:
-            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                await work
-            else:
-                await self._abort(self._failed.result())
-        except Silent as error:
-            log.warning("client %s: %s: its stream is closed", self._peer, error)
-            await self._context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
-        except Misbehaved as error:
-            log.warning("client %s: %s: its stream is closed", self._peer, error)
-            await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        except AtollError as error:
-            await self._abort(error)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            # What went wrong here rather than that a newer stream, or the end of the volume, made it go wrong.
+            await (serving if serving.done() else self._ended)
+            await serving
         finally:
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
-
-    async def _abort(self, error: AtollError) -> None:
-        if isinstance(error, SessionEnded):
-            await self._context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.code)
-        await self._context.abort(grpc.StatusCode.UNAVAILABLE, error.message)
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
 
     async def _serve(self, volume: Volume) -> None:
         first = await self._hello()
         session = self._session = await self._attach(volume, first.hello, confirmed=first.confirmed)
-        writer = asyncio.create_task(self._write(), name="writer of a stream")
+        frames = self._frames
         try:
-            reader = asyncio.create_task(self._read(session), name="reader of a stream")
-            try:
-                await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
-                if not reader.done():
-                    await writer
-                elif reader.result():
-                    await volume.end(session)
-                    self._is_ending = True
-                    self._wake.set()
-                    await writer
-            finally:
-                reader.cancel()
-                await asyncio.gather(reader, return_exceptions=True)
+            frames.on_room = self._has_room
+            frames.deliver(self._take)
+            ends: set[asyncio.Future[Any]] = {frames.closed, self._ended}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            await (self._ended if self._ended.done() else frames.closed)
+            await volume.end(session)
         finally:
             if session.outlet is self:
                 session.outlet = None
-            writer.cancel()
-            await asyncio.gather(writer, return_exceptions=True)
 
     async def _hello(self) -> pb.FromClient:
         try:
             async with asyncio.timeout(HELLO_S):
-                message = await self._receive()
+                message = self._parsed(await self._frames.read())
         except TimeoutError:
             raise Silent(f"said nothing for {HELLO_S:.0f} s") from None
-        if message is None or not message.HasField("hello") or message.requests:
+        if not message.HasField("hello") or message.requests:
             raise Misbehaved("the first message of a stream is Hello, alone")
         hello = message.hello
         if not OLDEST_PROTOCOL <= hello.protocol <= PROTOCOL:
@@ -183,26 +157,24 @@ class Connection:
         self.send(pb.FromService(welcome=welcome).SerializeToString())
         return session
 
-    async def _read(self, session: ServedSession) -> bool:
-        """Start what comes in until the client ends the stream; True if it said goodbye."""
-        while (message := await self._receive()) is not None:
-            if session.outlet is not self or session.is_ending:
-                raise SessionEnded(f"session {session.session_id} goes on elsewhere, or has ended")
-            if message.HasField("hello"):
-                raise Misbehaved("Hello comes once in a stream")
-            session.receive(message)
-            if message.goodbye:
-                return True
-            if not message.requests:
-                # A sign of life, answered by one: an empty message.
-                self.send(b"")
-            await self._room.wait()
-        return False
+    def _take(self, data: bytes) -> None:
+        """Start what a message asks for."""
+        session = self._session
+        if session is None or self._ended.done():
+            return
+        message = self._parsed(data)
+        if session.outlet is not self or session.is_ending:
+            raise SessionEnded(f"session {session.session_id} goes on elsewhere, or has ended")
+        if message.HasField("hello"):
+            raise Misbehaved("Hello comes once in a stream")
+        session.receive(message)
+        if message.goodbye:
+            self._ended.set_result(True)
+        elif not message.requests:
+            # A sign of life, answered by one: an empty message.
+            self.send(b"")
 
-    async def _receive(self) -> pb.FromClient | None:
-        data: Any = await self._context.read()
-        if data is grpc.aio.EOF:
-            return None
+    def _parsed(self, data: bytes) -> pb.FromClient:
         self.messages_in += 1
         try:
             return pb.FromClient.FromString(data)
@@ -219,21 +191,23 @@ class Connection:
         del self._out[:count]
         return b"".join(taken)
 
-    async def _write(self) -> None:
-        while not self._is_ending:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._out:
-                message = self._joined()
-                try:
-                    async with asyncio.timeout(WRITE_S):
-                        await self._context.write(message)
-                except TimeoutError:
-                    raise Silent(f"reads nothing for {WRITE_S:.0f} s") from None
-                self.messages_out += 1
-                if self._session is not None:
-                    # It took something: it lives, though it may be too busy reading to say so.
-                    self._session.heard_s = max(self._session.heard_s, time.monotonic())
-                self._out_bytes -= len(message)
-                if self._out_bytes <= QUEUE_BYTES:
-                    self._room.set()
+    def _has_room(self) -> None:
+        # It took something: it lives, though it may be too busy reading to say so.
+        if self._session is not None:
+            self._session.heard_s = max(self._session.heard_s, time.monotonic())
+        self._flush()
+
+    def _flush(self) -> None:
+        """Send what waits, as far as there is room, and take in nothing while too much is left."""
+        self._is_due = False
+        while self._out and not self._frames.is_congested:
+            message = self._joined()
+            self._out_bytes -= len(message)
+            self._frames.send(message)
+            self.messages_out += 1
+        if (self._out_bytes > QUEUE_BYTES) is not self._is_paused:
+            self._is_paused = not self._is_paused
+            if self._is_paused:
+                self._frames.pause()
+            else:
+                self._frames.resume()

@@ -50,6 +50,8 @@ class Operation:
     """Writes the result into a reply."""
     keep: Callable[[Any, pb.Reply], None] | None = None
     """Writes what is kept of it for a client that asks again, if that is less."""
+    directories: tuple[str, ...] = ()
+    """The fields of the message that name directories which it changes: the reply tells what became of them."""
 
 
 def _refuse(reason: str) -> FsError:
@@ -250,18 +252,19 @@ async def _readdir(session: EngineSession, message: pb.ReadDir, _: Caller) -> An
     return await session.readdir(_ino(message.ino), after=after, limit=max(1, min(message.limit, MAX_ENTRIES)))
 
 
+_IN: Final = ("parent",)
 OPERATIONS: Final[dict[str, Operation]] = {
     "lookup": Operation(lambda s, m, c: s.lookup(_ino(m.parent), m.name), _put_inode),
     "resolve": Operation(_resolve, _put_inodes),
     "getattr": Operation(_getattr, _put_inodes),
     "readdir": Operation(_readdir, wire.put_page),
-    "mknod": Operation(_mknod, _put_inode),
-    "symlink": Operation(lambda s, m, c: s.symlink(c, _ino(m.parent), m.name, m.target), _put_inode),
+    "mknod": Operation(_mknod, _put_inode, directories=_IN),
+    "symlink": Operation(lambda s, m, c: s.symlink(c, _ino(m.parent), m.name, m.target), _put_inode, directories=_IN),
     "readlink": Operation(lambda s, m, c: s.readlink(_ino(m.ino)), _put_value),
-    "link": Operation(lambda s, m, c: s.link(c, _ino(m.ino), _ino(m.parent), m.name), _put_inode),
-    "unlink": Operation(lambda s, m, c: s.unlink(c, _ino(m.parent), m.name), _nothing),
-    "rmdir": Operation(lambda s, m, c: s.rmdir(c, _ino(m.parent), m.name), _nothing),
-    "rename": Operation(_rename, _nothing),
+    "link": Operation(lambda s, m, c: s.link(c, _ino(m.ino), _ino(m.parent), m.name), _put_inode, directories=_IN),
+    "unlink": Operation(lambda s, m, c: s.unlink(c, _ino(m.parent), m.name), _nothing, directories=_IN),
+    "rmdir": Operation(lambda s, m, c: s.rmdir(c, _ino(m.parent), m.name), _nothing, directories=_IN),
+    "rename": Operation(_rename, _nothing, directories=("parent", "new_parent")),
     "setattr": Operation(lambda s, m, c: s.setattr(c, _ino(m.ino), _changes(m)), _put_inode),
     "getxattr": Operation(lambda s, m, c: s.getxattr(_ino(m.ino), m.name), _put_value),
     "listxattr": Operation(lambda s, m, c: s.listxattr(_ino(m.ino)), _put_names),
@@ -269,7 +272,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "removexattr": Operation(lambda s, m, c: s.removexattr(c, _ino(m.ino), m.name), _nothing),
     "statfs": Operation(lambda s, m, c: s.statfs(_ino(m.ino)), _put_statfs),
     "open": Operation(lambda s, m, c: s.open(_ino(m.ino)), _put_opened),
-    "create": Operation(_create, _put_opened),
+    "create": Operation(_create, _put_opened, directories=_IN),
     "release": Operation(lambda s, m, c: s.release(_ino(m.ino)), _nothing),
     "read_map": Operation(_read_map, _put_map),
     "allocate_slices": Operation(_allocate, _put_ids),

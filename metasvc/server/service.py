@@ -1,53 +1,43 @@
-"""The gRPC server: who may call, and which call goes where.
+"""The server: who may call, and which call goes where.
 
-Owns the gRPC server and its limits. Metadata operations travel on streams (connection); administration is unary calls
-(administration). Every stream and call carries a token, which is checked before anything else is looked at.
+Owns the listening socket, the connections, and the one table from errors to what a client is told. Metadata operations travel
+on streams (connection); administration is a connection for each call (administration). Every connection begins with a token,
+which is checked before anything else is looked at.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Final
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeVar
 
-import grpc
-import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from chunkstore.errors import AtollError
 from chunkstore.geometry import is_block_size
 from metasvc.api import atoll_pb2 as pb
+from metasvc.api.frames import MAX_OPENING_BYTES, MAX_REQUEST_BYTES, ConnectionLost, Frames, NotOurs, Stalled
 from metasvc.api.volume_format import dump_format, parse_format
 from metasvc.engine import first_rows
 from metasvc.errors import FsError, NotOwner, StoreError, VolumeExists, VolumeMissing
 from metasvc.server.administration import administer, problems
-from metasvc.server.connection import Connection, Context
+from metasvc.server.connection import Connection, Silent
+from metasvc.server.session import Misbehaved
 from metasvc.server.tokens import TokenRefused, Tokens
-from metasvc.server.volumes import Volume, Volumes
+from metasvc.server.volumes import SessionEnded, Volume, Volumes
 
-MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
-"""Of what comes in: a commit has up to 2,048 pieces and 32 KiB inline for each slice. What goes out may be four times as large:
-the map of a file with thousands of inline slices."""
-_OPTIONS: Final = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", 4 * MAX_MESSAGE_BYTES),
-    # Connections that say nothing, or answer no ping, are closed.
-    ("grpc.server_handshake_timeout_ms", 10_000),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
-    ("grpc.max_connection_idle_ms", 300_000),
-    ("grpc.max_concurrent_streams", 1_000),
-    ("grpc.so_reuseport", 0),
-)
+OPENING_S: Final = 10.0
+"""A connection that has not said by then what it is for is closed."""
+BACKLOG: Final = 1024
 MAX_INLINE_BYTES: Final = 64 * 1024
-VOLUME_KEY: Final = "atoll-volume-bin"
 
 log = logging.getLogger(__name__)
+
+_Message = TypeVar("_Message", bound=Message)
 
 
 class Service:
@@ -57,94 +47,138 @@ class Service:
         """Take what is served, and who is let in."""
         self._volumes = volumes
         self._tokens = tokens
-        self._server = grpc.aio.server(options=_OPTIONS)
-        self._server.add_generic_rpc_handlers(
-            (
-                grpc.method_handlers_generic_handler(
-                    "atoll.v1.Volume",
-                    {
-                        "Session": grpc.stream_stream_rpc_method_handler(self._session),
-                        "Administer": self._unary(pb.AdminRequest, self._administer),
-                        "Check": grpc.unary_stream_rpc_method_handler(self._check),
-                    },
-                ),
-                grpc.method_handlers_generic_handler(
-                    "atoll.v1.Tenancy",
-                    {
-                        "CreateVolume": self._unary(pb.CreateVolumeRequest, self._create_volume),
-                        "ListVolumes": self._unary(pb.ListVolumesRequest, self._list_volumes),
-                    },
-                ),
-            )
-        )
+        self._server: asyncio.Server | None = None
+        self._serving: set[asyncio.Task[None]] = set()
+        self._open: set[Frames] = set()
+        self._methods: dict[int, Callable[[pb.Opening, Frames], Awaitable[None]]] = {
+            pb.Opening.SESSION: self._session,
+            pb.Opening.ADMINISTER: self._unary(pb.AdminRequest, self._administer),
+            pb.Opening.CHECK: self._check,
+            pb.Opening.CREATE_VOLUME: self._unary(pb.CreateVolumeRequest, self._create_volume),
+            pb.Opening.LIST_VOLUMES: self._unary(pb.ListVolumesRequest, self._list_volumes),
+        }
         self.connections: set[Connection] = set()
 
     async def start(self, listen: str) -> int:
         """Listen on HOST:PORT (port 0: any) without encryption; the port. StoreError if the address is taken."""
+        host, _, port = listen.rpartition(":")
         try:
-            port = self._server.add_insecure_port(listen)
-        except RuntimeError as error:
-            raise StoreError(f"cannot listen on {listen}: {error}; give another with --listen") from error
-        await self._server.start()
-        return port
+            self._server = await asyncio.get_running_loop().create_server(
+                lambda: Frames(max_bytes=MAX_OPENING_BYTES, on_made=self._accept),
+                host.strip("[]"),
+                int(port),
+                backlog=BACKLOG,
+            )
+        except OSError as error:
+            raise StoreError(
+                f"cannot listen on {listen}: {error.strerror or error}; give another with --listen"
+            ) from error
+        listening: int = self._server.sockets[0].getsockname()[1]
+        return listening
 
     async def stop(self, *, grace_s: float) -> None:
         """Take no more calls, give running ones so long, then cut them off. Sessions stay."""
+        if self._server is not None:
+            self._server.close()
         for connection in list(self.connections):
             connection.fail(AtollError("the metadata service is ending", retryable=True))
-        await self._server.stop(grace_s)
+        if self._serving:
+            await asyncio.wait(self._serving, timeout=grace_s)
+        serving = list(self._serving)
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
+        if self._open:
+            # They take the end that they were told.
+            await asyncio.wait([frames.gone for frames in self._open], timeout=grace_s)
+        for frames in list(self._open):
+            frames.abort()
+        await asyncio.sleep(0)
 
-    # -- calls ------------------------------------------------------------------------------------------------------------
+    # -- connections ------------------------------------------------------------------------------------------------------
+
+    def _accept(self, frames: Frames) -> None:
+        self._open.add(frames)
+        frames.gone.add_done_callback(lambda _: self._open.discard(frames))
+        task = asyncio.get_running_loop().create_task(self._serve(frames), name=f"connection of {frames.peer}")
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+
+    async def _serve(self, frames: Frames) -> None:
+        try:
+            await self._serve_method(frames)
+            frames.end(pb.Ended.DONE, "")
+        except ConnectionLost:
+            pass
+        except asyncio.CancelledError:
+            frames.end(pb.Ended.AGAIN, "the metadata service is ending")
+            raise
+        except (Silent, Misbehaved, Stalled, NotOurs, TokenRefused) as error:
+            log.warning("client %s: %s: its connection is closed", frames.peer, error)
+            frames.end(_reason(error), str(error))
+        except AtollError as error:
+            frames.end(_reason(error), error.message)
+        except Exception as error:
+            log.exception("a call of client %s failed unexpectedly", frames.peer, exc_info=error)
+            frames.end(pb.Ended.FAILED, f"the metadata service failed unexpectedly: {error!r}")
+        finally:
+            frames.close()
+
+    async def _serve_method(self, frames: Frames) -> None:
+        try:
+            async with asyncio.timeout(OPENING_S):
+                opening = pb.Opening.FromString(await frames.read())
+        except TimeoutError:
+            raise Silent(f"said nothing for {OPENING_S:.0f} s") from None
+        except DecodeError:
+            raise Misbehaved("sent a message that is damaged") from None
+        if not opening.token:
+            raise TokenRefused("there is no token: give one with --token-file or ATOLL_TOKEN")
+        self._tokens.check(opening.token)
+        method = self._methods.get(opening.method)
+        if method is None:
+            frames.end(pb.Ended.UNKNOWN_METHOD, f"method {opening.method}")
+            return
+        frames.greet()
+        frames.max_bytes = MAX_REQUEST_BYTES
+        await method(opening, frames)
 
     def _unary(
-        self, request: type[Message], answer: Callable[[Any, Any], Awaitable[Message]]
-    ) -> grpc.RpcMethodHandler[bytes, bytes]:
-        """Return the handler of a unary call that needs a token."""
+        self, request: type[Message], answer: Callable[[Any, pb.Opening], Awaitable[Message]]
+    ) -> Callable[[pb.Opening, Frames], Awaitable[None]]:
+        """Return the method that answers one request by one message."""
 
-        async def handle(data: bytes, context: Context) -> bytes:
-            await self._authorize(context)
-            try:
-                return (await answer(request.FromString(data), context)).SerializeToString()
-            except DecodeError:
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the request is damaged")
-            except AtollError as error:
-                await _abort(context, error)
-            raise AssertionError  # abort() has raised
+        async def serve(opening: pb.Opening, frames: Frames) -> None:
+            asked = await _request(request, frames)
+            frames.send((await answer(asked, opening)).SerializeToString())
 
-        return grpc.unary_unary_rpc_method_handler(handle)
+        return serve
 
-    async def _session(self, _: Any, context: Context) -> None:
-        await self._authorize(context)
-        connection = Connection(context, peer=str(context.peer()))
+    async def _session(self, opening: pb.Opening, frames: Frames) -> None:
+        connection = Connection(frames)
         self.connections.add(connection)
         try:
-            volume = await self._volume(context)
-            await connection.serve(volume)
-        except AtollError as error:
-            await _abort(context, error)
+            await connection.serve(await self._volume(opening))
         finally:
             self.connections.discard(connection)
 
-    async def _administer(self, request: pb.AdminRequest, context: Context) -> Message:
-        volume = await self._volume(context)
+    async def _administer(self, request: pb.AdminRequest, opening: pb.Opening) -> Message:
+        volume = await self._volume(opening)
         reply = await administer(volume.admin, request)
         if reply.HasField("status"):
             reply.status.counters.update(volume.job_counters())
         return reply
 
-    async def _check(self, data: bytes, context: Context) -> AsyncIterator[bytes]:
-        await self._authorize(context)
-        try:
-            request = pb.CheckRequest.FromString(data)
-            volume = await self._volume(context)
-            async for problem in problems(volume.admin, request):
-                yield problem.SerializeToString()
-        except DecodeError:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the request is damaged")
-        except AtollError as error:
-            await _abort(context, error)
+    async def _check(self, opening: pb.Opening, frames: Frames) -> None:
+        request = await _request(pb.CheckRequest, frames)
+        volume = await self._volume(opening)
+        async for problem in problems(volume.admin, request):
+            frames.send(problem.SerializeToString())
+            await frames.drain()
+            if frames.closed.done():
+                return
 
-    async def _create_volume(self, request: pb.CreateVolumeRequest, _: Context) -> Message:
+    async def _create_volume(self, request: pb.CreateVolumeRequest, _: pb.Opening) -> Message:
         volume_format = parse_format(request.format.json)
         for text in (volume_format.tenant, volume_format.name):
             check_name(text)
@@ -166,35 +200,32 @@ class Service:
         log.info("volume %s/%s was made", volume_format.tenant, volume_format.name)
         return pb.VolumeFormat(json=dump_format(volume_format))
 
-    async def _list_volumes(self, request: pb.ListVolumesRequest, _: Context) -> Message:
+    async def _list_volumes(self, request: pb.ListVolumesRequest, _: pb.Opening) -> Message:
         formats = await self._volumes.store.list_volumes()
         wanted = [each for each in formats if not request.tenant or each.tenant == request.tenant]
         return pb.ListVolumesReply(formats=[pb.VolumeFormat(json=dump_format(each)) for each in wanted])
 
-    # -- who and what -----------------------------------------------------------------------------------------------------
-
-    async def _authorize(self, context: Context) -> None:
-        """Let only those in whose token says that they may. Ends the call otherwise."""
-        values = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
-        scheme, _, token = str(values[0] if len(values) == 1 else "").partition(" ")
+    async def _volume(self, opening: pb.Opening) -> Volume:
         try:
-            if scheme != "Bearer" or not token:
-                raise TokenRefused("there is no token: give one with --token-file or ATOLL_TOKEN")
-            self._tokens.check(token)
-        except TokenRefused as error:
-            log.warning("client %s: %s", context.peer(), error)
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, error.message)
-
-    async def _volume(self, context: Context) -> Volume:
-        values = [value for key, value in context.invocation_metadata() or () if key == VOLUME_KEY]
-        raw = values[0] if len(values) == 1 else b""
-        try:
-            tenant, name = (raw if isinstance(raw, bytes) else raw.encode()).decode().split("/")
+            tenant, name = opening.volume.split("/")
         except ValueError as error:
             raise VolumeMissing("the call names no volume: upgrade the client") from error
         check_name(tenant)
         check_name(name)
         return await self._volumes.get(tenant, name)
+
+
+async def _request(kind: type[_Message], frames: Frames) -> _Message:
+    """Read what a call is about."""
+    try:
+        async with asyncio.timeout(OPENING_S):
+            data = await frames.read()
+    except TimeoutError:
+        raise Silent(f"said nothing for {OPENING_S:.0f} s") from None
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        raise Misbehaved("the request is damaged") from None
 
 
 def check_name(text: str) -> None:
@@ -214,15 +245,19 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-_STATUS: Final[dict[type[AtollError], grpc.StatusCode]] = {
-    VolumeMissing: grpc.StatusCode.NOT_FOUND,
-    VolumeExists: grpc.StatusCode.ALREADY_EXISTS,
-    FsError: grpc.StatusCode.INVALID_ARGUMENT,
-    NotOwner: grpc.StatusCode.UNAVAILABLE,
+_REASONS: Final[dict[type[Exception], pb.Ended.Reason.ValueType]] = {
+    SessionEnded: pb.Ended.SESSION_ENDED,
+    TokenRefused: pb.Ended.NO_ACCESS,
+    VolumeMissing: pb.Ended.NO_VOLUME,
+    VolumeExists: pb.Ended.VOLUME_EXISTS,
+    FsError: pb.Ended.INVALID,
+    Misbehaved: pb.Ended.INVALID,
+    NotOurs: pb.Ended.INVALID,
+    NotOwner: pb.Ended.AGAIN,
 }
 
 
-async def _abort(context: Context, error: AtollError) -> None:
-    """End a call with an error."""
-    default = grpc.StatusCode.UNAVAILABLE if error.retryable else grpc.StatusCode.INTERNAL
-    await context.abort(_STATUS.get(type(error), default), error.message)
+def _reason(error: Exception) -> pb.Ended.Reason.ValueType:
+    """Return what a client is told to do about an error."""
+    is_passing = isinstance(error, AtollError) and error.retryable
+    return _REASONS.get(type(error), pb.Ended.AGAIN if is_passing else pb.Ended.FAILED)

@@ -24,6 +24,7 @@ from chunkstore.errors import AtollError
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api import wire
 from metasvc.engine import Engine, EngineSession
+from metasvc.engine.tx import Tx
 from metasvc.errors import Fenced, FsError
 from metasvc.model import Caller, Ino, Replies, SessionId
 from metasvc.server.metrics import ServiceMetrics
@@ -84,7 +85,8 @@ class ServedSession(EngineSession):
         self.requests_total = 0
         self._replies = ReplyLog(session_id, stored)
         self._running: dict[int, asyncio.Task[None]] = {}
-        self._puts: dict[int, Callable[[Any, pb.Reply], None]] = {}
+        self._puts: dict[int, tuple[Callable[[Any, pb.Reply], None], set[Ino]]] = {}
+        """How the results of requests under way are written, and of which directories the reply is to tell."""
 
     @property
     def outstanding(self) -> int:
@@ -161,7 +163,8 @@ class ServedSession(EngineSession):
     async def _run_request(self, number: int, name: str, operation: Operation, message: Any) -> None:
         began_s, failed = time.monotonic(), True
         caller = wire.caller_of(message.caller, number) if hasattr(message, "caller") else Caller(request_id=number)
-        self._puts[number] = operation.keep or operation.put
+        directories = {Ino(getattr(message, field)) for field in operation.directories}
+        self._puts[number] = (operation.keep or operation.put, directories)
         try:
             result = await operation.call(self, message, caller)
         except AtollError as error:
@@ -189,14 +192,16 @@ class ServedSession(EngineSession):
             log.warning("request %d (%s) of session %d took %.1f s", number, name, self._session_id, duration_s)
         self._send(answer)
 
-    def _recorder(self, caller: Caller) -> Callable[[Any], Replies] | None:
+    def _recorder(self, caller: Caller) -> Callable[[Any, Tx], Replies] | None:
         number = caller.request_id
-        put = self._puts.get(number)
-        if put is None:
+        if number not in self._puts:
             return None
+        put, directories = self._puts[number]
 
-        def record(result: Any) -> Replies:
-            return self._replies.keep(number, framed(_done(number, put, result)))
+        def record(result: Any, tx: Tx) -> Replies:
+            reply = _done(number, put, result)
+            wire.put_inodes(tx.changed_inodes(directories), reply.directories)
+            return self._replies.keep(number, framed(reply))
 
         return record
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, Self, cast
 
 from client.meta.admin import RemoteAdmin
-from client.meta.channel import Endpoint
 from client.meta.connection import SessionConnection
+from client.meta.endpoint import Endpoint
 from client.meta.remote import RemoteMeta
-from metasvc.model import VolumeFormat
+from metasvc.model import Ino, VolumeFormat
 from metasvc.server.service import Service
 from metasvc.server.tokens import Tokens, prepare
 from metasvc.server.volumes import Volume, Volumes
@@ -99,6 +99,14 @@ class Client:
     meta: RemoteMeta
     admin: RemoteAdmin
 
+    async def released(self, *inos: Ino) -> None:
+        """Release, and wait until the service knows of it: releases are answered before."""
+        for ino in inos:
+            await self.meta.release(ino)
+        async with asyncio.timeout(60):
+            while any(pending.name == "release" for pending in self.connection._pending.values()):  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+
 
 @contextlib.asynccontextmanager
 async def connected(service: Served, *, port: int | None = None, timeout_s: float = 60.0) -> AsyncIterator[Client]:
@@ -106,12 +114,10 @@ async def connected(service: Served, *, port: int | None = None, timeout_s: floa
     endpoint = service.endpoint(port=port)
     connection = SessionConnection(endpoint, service.name, host="test", pid=1, mountpoint="/test", timeout_s=timeout_s)
     await connection.open(timeout_s=20)
-    channel = endpoint.channel()
     try:
-        yield Client(connection, RemoteMeta(connection), RemoteAdmin(channel, endpoint, service.name, timeout_s=20))
+        yield Client(connection, RemoteMeta(connection), RemoteAdmin(endpoint, service.name, timeout_s=20))
     finally:
         await connection.close()
-        await channel.close()
 
 
 @dataclass

@@ -11,9 +11,10 @@ import pytest
 
 from chunkstore.errors import AtollError
 from chunkstore.geometry import SliceId
-from client.meta.channel import ServiceUnavailable
 from client.meta.connection import SENT_WINDOW
+from client.meta.endpoint import ServiceUnavailable
 from metasvc.api import atoll_pb2 as pb
+from metasvc.api.frames import EndedByService
 from metasvc.errors import FsError
 from metasvc.model import (
     ROOT_INO,
@@ -135,9 +136,9 @@ async def test_a_file_closed_while_the_service_is_away_too_long_is_closed(tmp_pa
             for n in range(3)
         ]
         await service.stop()
-        await client.meta.release(inos[0])  # waits, and is given up
+        await client.meta.release(inos[0])  # goes on waiting, and is given up
         with pytest.raises(ServiceUnavailable):
-            await client.meta.getattr(ROOT_INO)
+            await client.meta.getattr(inos[2])
         await client.meta.release(inos[1])  # given up at once
         await service.start()
         async with asyncio.timeout(20):
@@ -188,19 +189,17 @@ async def test_numbers_that_nobody_can_have_end_the_stream_and_not_the_volume(ki
         mknod = pb.MakeNode(caller=pb.Caller(), parent=ROOT_INO, name=b"x", mode=0o100644)
         request = pb.Request(number=1 << 63, mknod=mknod)
         assert MAX_NUMBER < 1 << 63
-        channel = service.endpoint().channel()
+        frames = await service.endpoint().connect(pb.Opening.SESSION, service.name)
         try:
-            stream: Any = channel.stream_stream("/atoll.v1.Volume/Session")(
-                metadata=service.endpoint().metadata(service.name)
-            )
-            hello = pb.Hello(protocol=1, host="hostile", pid=1)
-            await stream.write(pb.FromClient(hello=hello).SerializeToString())
-            await stream.read()
-            message = pb.FromClient(confirmed=1 << 63, requests=[request])
-            await stream.write(message.SerializeToString())
-            assert (await stream.code()).name == "INVALID_ARGUMENT"
+            frames.send(pb.FromClient(hello=pb.Hello(protocol=1, host="hostile", pid=1)).SerializeToString())
+            await frames.read()
+            frames.send(pb.FromClient(confirmed=1 << 63, requests=[request]).SerializeToString())
+            with pytest.raises(EndedByService) as ended:
+                while True:
+                    await frames.read()
+            assert ended.value.reason == pb.Ended.INVALID
         finally:
-            await channel.close()
+            frames.close()
         await client.meta.getattr(ROOT_INO)
         assert bystander.connection.reconnections == client.connection.reconnections == 0
 
@@ -215,7 +214,7 @@ async def test_a_commit_of_too_many_pieces_and_promises_without_an_open_are_refu
         with pytest.raises(FsError) as refusal:
             await client.meta.commit(ROOT, made.inode.ino, change)
         assert refusal.value.errno == errno.EINVAL
-        await client.meta.release(made.inode.ino)
+        await client.released(made.inode.ino)
         with pytest.raises(FsError) as refusal:
             await client.meta.reserve(made.inode.ino, end=10)
         assert refusal.value.errno == errno.EBADF
@@ -233,7 +232,7 @@ async def test_what_an_operation_left_for_a_session_that_has_ended_goes_with_the
             ghost = SessionId(4711)
             await engine.run(lambda tx: tx.put(SUSTAINED, Sustained(ghost, made.inode.ino)))
             await engine.run(lambda tx: tx.put(SLICE_RANGE, SliceRange(ghost, 1 << 40, 5)))
-            await client.meta.release(made.inode.ino)
+            await client.released(made.inode.ino)
             assert (await client.meta.getattr(made.inode.ino)).nlink == 0
         await service.stop()
         await service.start()

@@ -7,19 +7,18 @@ import logging
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
-import grpc
-import grpc.aio
 import pytest
 
-from client.meta.channel import AccessRefused, Endpoint, ServiceRefused
 from client.meta.connection import SessionConnection
+from client.meta.endpoint import AccessRefused, Endpoint, ServiceRefused
 from metasvc.api import atoll_pb2 as pb
+from metasvc.api import frames as wire_frames
+from metasvc.api.frames import MAGIC, MAX_REQUEST_BYTES, EndedByService, Frames
 from metasvc.errors import FsError, VolumeMissing
 from metasvc.model import ROOT_INO, Caller, Commit, Ino
 from metasvc.server import connection as server_connection
-from metasvc.server.service import MAX_MESSAGE_BYTES
 from metasvc.server.session import MAX_OUTSTANDING
 from metasvc.store.memory import MemoryStore
 from tests.metasvc.engine.volumes import format_volume
@@ -46,21 +45,32 @@ def stat(number: int) -> pb.Request:
     return pb.Request(number=number, getattr=pb.GetAttr(inos=[1], one=True))
 
 
-async def refusal(service: Served, *messages: bytes, replies: int = 0) -> tuple[grpc.StatusCode, str]:
-    """Send messages on a stream of its own, read so many replies, and return how the service ends it."""
-    endpoint = service.endpoint()
-    async with endpoint.channel() as channel:
-        method: Any = channel.stream_stream("/atoll.v1.Volume/Session")
-        stream = method(metadata=endpoint.metadata(service.name))
-        try:
-            for message in messages:
-                await stream.write(message)
-            async with asyncio.timeout(60):
-                while await stream.read() is not grpc.aio.EOF:
-                    pass
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            pass
-        return await stream.code(), await stream.details()
+@asynccontextmanager
+async def stream(service: Served) -> AsyncIterator[Frames]:
+    """Connect for a session, and say nothing yet."""
+    frames = await service.endpoint().connect(pb.Opening.SESSION, service.name)
+    try:
+        yield frames
+    finally:
+        frames.close()
+
+
+async def end_of(frames: Frames) -> EndedByService:
+    """Read until the service ends the connection; why it did."""
+    with pytest.raises(EndedByService) as ended:
+        async with asyncio.timeout(60):
+            while True:
+                await frames.read()
+    return ended.value
+
+
+async def refusal(service: Served, *messages: bytes) -> tuple[int, str]:
+    """Send messages on a stream of its own, and return how the service ends it."""
+    async with stream(service) as frames:
+        for message in messages:
+            frames.send(message)
+        ended = await end_of(frames)
+        return ended.reason, ended.details
 
 
 CASES: dict[str, tuple[list[bytes], str]] = {
@@ -91,7 +101,7 @@ async def test_who_breaks_the_protocol_is_cut_off_with_the_reason_and_others_go_
     async with running() as service, connected(service) as bystander:
         with caplog.at_level(logging.WARNING):
             status, details = await refusal(service, *messages)
-        assert status is grpc.StatusCode.INVALID_ARGUMENT
+        assert status == pb.Ended.INVALID
         assert reason in details
         assert any(reason in record.getMessage() for record in caplog.records)
         assert (await bystander.meta.getattr(ROOT_INO)).is_dir
@@ -100,18 +110,45 @@ async def test_who_breaks_the_protocol_is_cut_off_with_the_reason_and_others_go_
 
 async def test_an_oversized_message_ends_its_stream_only() -> None:
     async with running() as service, connected(service) as bystander:
-        big = from_client(
-            pb.Request(number=1, setxattr=pb.SetXattr(ino=1, name=b"user.x", value=bytes(MAX_MESSAGE_BYTES)))
-        )
-        endpoint = service.endpoint()
-        async with grpc.aio.insecure_channel(str(endpoint)) as channel:
-            method: Any = channel.stream_stream("/atoll.v1.Volume/Session")
-            stream = method(metadata=endpoint.metadata(service.name))
-            await stream.write(hello())
-            await stream.read()
-            await stream.write(big)
-            assert await stream.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        async with stream(service) as frames:
+            frames.send(hello())
+            await frames.read()
+            frames.send(bytes(MAX_REQUEST_BYTES + 1))
+            assert (await end_of(frames)).reason == pb.Ended.INVALID
         assert (await bystander.meta.getattr(ROOT_INO)).is_dir
+
+
+async def test_nobody_is_listened_to_for_long_before_they_have_said_who_they_are() -> None:
+    async with running() as service, connected(service) as bystander:
+        assert service.service is not None
+        for start in (
+            b"GET / HTTP/1.1\r\n\r\n",
+            MAGIC[:-1] + b"\x63",
+            MAGIC + struct.pack("<I", 1 << 20),
+            MAGIC + b"\3\0\0\0xxx",
+        ):
+            reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+            writer.write(start)
+            async with asyncio.timeout(20):
+                answer = await reader.read()
+            writer.close()
+            assert answer.startswith(MAGIC)
+        assert (await bystander.meta.getattr(ROOT_INO)).is_dir
+
+
+async def test_another_wire_version_is_told_to_upgrade() -> None:
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(MAGIC[:-1] + b"\x63")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        connection = SessionConnection(
+            Endpoint("127.0.0.1", port, "t"), "a/b", host="h", pid=1, mountpoint="", timeout_s=5
+        )
+        with pytest.raises(ServiceRefused, match="upgrade"):
+            await connection.open(timeout_s=20)
 
 
 async def test_who_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -119,7 +156,7 @@ async def test_who_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch, caplo
     async with running() as service:
         with caplog.at_level(logging.WARNING):
             status, details = await refusal(service)
-        assert status is grpc.StatusCode.UNAVAILABLE
+        assert status == pb.Ended.AGAIN
         assert "said nothing" in details
         assert service.service is not None
         async with asyncio.timeout(20):
@@ -130,28 +167,24 @@ async def test_who_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch, caplo
 async def test_who_reads_nothing_is_cut_off_and_costs_a_bounded_amount_of_memory(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(server_connection, "WRITE_S", 1.0)
+    monkeypatch.setattr(wire_frames, "STALLED_S", 1.0)
     async with running() as service, connected(service) as writer:
         parent = (await writer.meta.mkdir(ROOT, ROOT_INO, b"d", mode=0o755)).ino
         await asyncio.gather(*(writer.meta.mknod(ROOT, parent, b"%0200d" % n, mode=0o100644) for n in range(1000)))
-        endpoint = service.endpoint()
-        async with endpoint.channel() as channel:
-            method: Any = channel.stream_stream("/atoll.v1.Volume/Session")
-            stream = method(metadata=endpoint.metadata(service.name))
-            await stream.write(hello())
+        async with stream(service) as frames:
+            frames.send(hello())
+            await frames.read()
+            frames.pause()
             assert service.service is not None
             most = number = 0
-            writing: asyncio.Future[Any] = asyncio.ensure_future(asyncio.sleep(0))
             async with asyncio.timeout(60):
-                while not any("reads nothing" in record.getMessage() for record in caplog.records):
-                    if writing.done():
+                while not any("takes nothing" in record.getMessage() for record in caplog.records):
+                    if not frames.is_congested:
                         number += 1
                         page = pb.Request(number=number, readdir=pb.ReadDir(ino=parent, limit=1000))
-                        writing = asyncio.ensure_future(stream.write(from_client(page, confirmed=number)))
-                    await asyncio.wait([writing], timeout=0.05)
+                        frames.send(from_client(page, confirmed=number))
+                    await asyncio.sleep(0.005)
                     most = max([most, *(one._out_bytes for one in service.service.connections)])
-            stream.cancel()
-            await asyncio.gather(writing, return_exceptions=True)
             page_bytes = 1000 * 300
             assert most < server_connection.QUEUE_BYTES + MAX_OUTSTANDING * page_bytes
         assert (await writer.meta.getattr(ROOT_INO)).is_dir
@@ -164,22 +197,21 @@ async def test_nobody_gets_in_without_the_token(token: str) -> None:
         connection = SessionConnection(endpoint, service.name, host="h", pid=1, mountpoint="", timeout_s=5)
         with pytest.raises(AccessRefused):
             await connection.open(timeout_s=20)
-        async with endpoint.channel() as channel:
-            for method in ("Volume/Administer", "Tenancy/CreateVolume", "Tenancy/ListVolumes"):
-                call: Any = channel.unary_unary(f"/atoll.v1.{method}")
-                with pytest.raises(grpc.aio.AioRpcError) as failure:
-                    await call(b"", metadata=endpoint.metadata(service.name))
-                assert failure.value.code() is grpc.StatusCode.UNAUTHENTICATED
-            check: Any = channel.unary_stream("/atoll.v1.Volume/Check")
-            with pytest.raises(grpc.aio.AioRpcError):
-                async for _ in check(b"", metadata=endpoint.metadata(service.name)):
-                    pass
+        for method in pb.Opening.Method.values():
+            with pytest.raises(AccessRefused):
+                await endpoint.ask(method, b"", volume=service.name)
+
+
+async def test_a_method_that_the_service_does_not_know_says_so() -> None:
+    async with running() as service:
+        with pytest.raises(ServiceRefused, match="upgrade"):
+            await service.endpoint().ask(cast("pb.Opening.Method.ValueType", 99), b"")
 
 
 async def test_another_session_s_number_is_worth_nothing_without_its_secret() -> None:
     async with running() as service, connected(service) as client:
         status, details = await refusal(service, hello(session_id=client.connection.session_id, secret=b"guess"))
-        assert (status, details) == (grpc.StatusCode.FAILED_PRECONDITION, "session-ended")
+        assert (status, details) == (pb.Ended.SESSION_ENDED, details)
         assert (await client.meta.getattr(ROOT_INO)).is_dir
 
 

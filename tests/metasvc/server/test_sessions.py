@@ -13,8 +13,8 @@ import pytest
 
 from chunkstore.errors import AtollError
 from chunkstore.geometry import SliceId
-from client.meta.channel import ServiceUnavailable
 from client.meta.connection import SessionConnection
+from client.meta.endpoint import ServiceUnavailable
 from metasvc.api import atoll_pb2 as pb
 from metasvc.engine import first_rows
 from metasvc.errors import FsError
@@ -163,7 +163,7 @@ async def test_what_one_has_open_survives_the_restart_although_another_removes_i
         await service.stop()
         await service.start()
         assert (await reader.meta.getattr(ino)).nlink == 0, "sustained through another restart"
-        await reader.meta.release(ino)
+        await reader.released(ino)
         with pytest.raises(FsError) as refusal:
             await reader.meta.getattr(ino)
         assert refusal.value.errno == errno.ENOENT
@@ -305,8 +305,8 @@ async def test_room_that_was_promised_is_kept_over_a_restart(tmp_path: Path) -> 
         await service.start()
         with pytest.raises(FsError):
             await writer.meta.reserve(made.inode.ino, end=room + 1)
-        await writer.meta.release(made.inode.ino)
-        await other.meta.release(greedy.inode.ino)
+        await writer.released(made.inode.ino)
+        await other.released(greedy.inode.ino)
 
 
 async def test_fsck_and_a_session_that_returns_wait_for_each_other(tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ async def test_fsck_and_a_session_that_returns_wait_for_each_other(tmp_path: Pat
         volume = await service.volume()
         async with volume.engine.changes_held() as hold:
             # Its release is a change, which waits; reading goes on.
-            release = asyncio.create_task(client.meta.release(made.inode.ino))
+            release = asyncio.create_task(client.released(made.inode.ino))
             assert (await other.meta.getattr(made.inode.ino)).nlink == 0
             await volume.engine.run(lambda tx: tx.count("fsck", 1), hold=hold)
             another = asyncio.create_task(anext(aiter(volume.admin.check(repair=True)), None))
@@ -351,7 +351,7 @@ async def test_a_stored_reply_answers_a_create_that_is_asked_again_and_counts_it
             made = await creation
             await client.meta.unlink(ROOT, ROOT_INO, b"f")
             assert (await client.meta.getattr(made.inode.ino)).nlink == 0, "it is open, hence sustained"
-            await client.meta.release(made.inode.ino)
+            await client.released(made.inode.ino)
         assert [problem async for problem in volume.admin.check(repair=False)] == []
 
 
@@ -420,7 +420,7 @@ async def test_more_files_than_may_be_asked_for_at_once_are_open_again_in_the_ne
             async with asyncio.timeout(20):
                 while sum(client.connection._opens.values()) < len(inos):  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
-            await asyncio.gather(*(client.meta.release(ino) for ino in inos))
+            await client.released(*inos)
             assert not client.connection._opens
         assert [problem async for problem in volume.admin.check(repair=False)] == []
 
@@ -442,10 +442,10 @@ async def test_what_an_absent_session_sustains_outlives_the_close_of_another() -
         await service.start()
         cutter.target = service.port
         await asyncio.sleep(0.5)
-        await present.meta.release(ino)
+        await present.released(ino)
         assert (await present.meta.getattr(ino)).nlink == 0
         cutter.open.set()
         assert (await absent.meta.getattr(ino)).nlink == 0
-        await absent.meta.release(ino)
+        await absent.released(ino)
         with pytest.raises(FsError):
             await present.meta.getattr(ino)

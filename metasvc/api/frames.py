@@ -1,0 +1,323 @@
+"""Messages over one TCP connection: how they are cut, and how a connection begins and ends.
+
+Owns the bytes on the wire. Must not know what messages mean, but for the two of its own: `Opening`, the client's first, says
+who calls and what for; `Ended`, the service's last, says why no more comes.
+
+Bytes. First, from either side, `MAGIC` (8 bytes, the last one its version). Then frames: a little-endian u32, whose highest bit
+says "Ended" and whose others are a length in bytes, and so many bytes of one protobuf message. A service sends nothing before
+it has read an Opening that it accepts.
+
+Why not gRPC: its own thread hands every message to the event loop, on both sides (docs/adr/0042). Here they are callbacks of
+the loop.
+
+Ways to receive. `read` waits for the next message. After `deliver`, messages go to a callback as they come, several in one
+turn of the loop. What the callback raises ends the connection (`closed`), and nothing more is delivered.
+
+Sending never waits: whoever sends looks at `is_congested` and stops until `on_room` is called. A peer that takes nothing for
+`STALLED_S` is given up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final, cast
+
+from google.protobuf.message import DecodeError
+
+from chunkstore.errors import AtollError
+from metasvc.api import atoll_pb2 as pb
+
+MAGIC: Final = b"atollfs\x01"
+MAX_OPENING_BYTES: Final = 64 * 1024
+"""Of what comes from somebody who has not said who they are."""
+MAX_REQUEST_BYTES: Final = 16 * 1024 * 1024
+"""Of a message to the service: a commit has up to 16,384 pieces and 32 KiB inline for each slice."""
+MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
+"""Of a message from the service: the map of a file with thousands of inline slices."""
+STALLED_S: Final = 30.0
+_HIGH_BYTES: Final = 1024 * 1024
+_HEADER: Final = struct.Struct("<I")
+_ENDED: Final = 1 << 31
+
+
+class ConnectionLost(AtollError):
+    """Say that the other side is gone, without a word."""
+
+    code = "connection-lost"
+    retryable = True
+
+
+class Stalled(AtollError):
+    """Say that the other side takes nothing."""
+
+    code = "stalled"
+    retryable = True
+
+
+class NotOurs(AtollError):
+    """Say that what came is no message of this protocol, or is too long."""
+
+    code = "bad-frame"
+
+
+class EndedByService(Exception):
+    """Carry the reason that the service gave."""
+
+    def __init__(self, reason: pb.Ended.Reason.ValueType, details: str) -> None:
+        """Take what Ended says."""
+        super().__init__(details)
+        self.reason = reason
+        self.details = details
+
+
+class Frames(asyncio.Protocol):
+    """One connection, either side of it. Made by the event loop's create_connection or create_server."""
+
+    def __init__(self, *, max_bytes: int, on_made: Callable[[Frames], object] | None = None) -> None:
+        """``max_bytes``: the longest message that is taken; it may be changed at any time."""
+        self.max_bytes = max_bytes
+        self.on_room: Callable[[], object] = _nothing
+        """Called when sending may go on."""
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when the connection has ended: ConnectionLost, Stalled, NotOurs, EndedByService, or what `deliver` raised."""
+        self.closed.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when the socket is closed."""
+        self.peer = "?"
+        self.is_congested = False
+        self._on_made = on_made
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._awaits_magic = True
+        self._is_deaf = False
+        """What comes now, or has come and was not read, counts no more."""
+        self._is_greeted = False
+        self._received: deque[bytes] = deque()
+        self._reader: asyncio.Future[None] | None = None
+        self._deliver: Callable[[bytes], object] | None = None
+        self._stalled: asyncio.TimerHandle | None = None
+
+    # -- sending ----------------------------------------------------------------------------------------------------------
+
+    def greet(self) -> None:
+        """Send the bytes that a connection begins with, if they were not sent yet. Before anything else."""
+        if not self._is_greeted:
+            self._is_greeted = True
+            self._write(MAGIC)
+
+    def send(self, message: bytes) -> None:
+        """Send one message. Never blocks; nothing happens on a connection that has ended."""
+        self._write(_HEADER.pack(len(message)) + message)
+
+    def end(self, reason: pb.Ended.Reason.ValueType, details: str) -> None:
+        """Say why, after what was sent, and close."""
+        self.greet()
+        data = pb.Ended(reason=reason, details=details[:1000]).SerializeToString()
+        self._write(_HEADER.pack(len(data) | _ENDED) + data)
+        self.close()
+
+    def _write(self, data: bytes) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(data)
+
+    def close(self) -> None:
+        """Close when what was sent is on its way. Nothing more is received."""
+        self._is_deaf = True
+        if self._transport is not None:
+            self._transport.close()
+            if self.is_congested:
+                self._watch()
+        self._fail(ConnectionLost("the connection was closed"))
+
+    def abort(self) -> None:
+        """Close at once; what was not sent yet is not sent."""
+        self.close()
+        if self._transport is not None:
+            self._transport.abort()
+
+    def pause_writing(self) -> None:
+        """Take note that the other side lags (called by the transport)."""
+        self.is_congested = True
+        self._watch()
+
+    def resume_writing(self) -> None:
+        """Take note that the other side has caught up (called by the transport)."""
+        self.is_congested = False
+        self._unwatch()
+        self.on_room()
+
+    async def drain(self) -> None:
+        """Wait until sending may go on; returns at once on a connection that has ended."""
+        if self.is_congested and not self.closed.done():
+            room = asyncio.Event()
+            self.on_room = room.set
+            waiting = asyncio.ensure_future(room.wait())
+            waited: set[asyncio.Future[Any]] = {waiting, self.closed}
+            try:
+                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                waiting.cancel()
+
+    def _watch(self) -> None:
+        """Give the connection up if nothing has been taken when `STALLED_S` are over."""
+        assert self._transport is not None
+        self._unwatch()
+        waiting_bytes = self._transport.get_write_buffer_size()
+
+        def look() -> None:
+            assert self._transport is not None
+            if self._transport.get_write_buffer_size() < waiting_bytes:
+                self._watch()
+            else:
+                self._fail(Stalled(f"takes nothing for {STALLED_S:.0f} s"))
+                self._transport.abort()
+
+        self._stalled = asyncio.get_running_loop().call_later(STALLED_S, look)
+
+    def _unwatch(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+
+    # -- receiving --------------------------------------------------------------------------------------------------------
+
+    async def read(self) -> bytes:
+        """Return the next message. Raises what `closed` does when there will be none. One reader at a time."""
+        self._parse()
+        while not self._received:
+            if self.closed.done():
+                await self.closed
+                raise ConnectionLost("the connection has ended")
+            self._reader = asyncio.get_running_loop().create_future()
+            self.resume()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        return self._received.popleft()
+
+    def deliver(self, callback: Callable[[bytes], object]) -> None:
+        """Give messages to a callback from now on, those first that nobody has read."""
+        self._deliver = callback
+        while self._received and not self._is_deaf:
+            self._hand_over(self._received.popleft())
+        self._parse()
+        self.resume()
+
+    def pause(self) -> None:
+        """Receive nothing until `resume`, but for what has come already."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Undo `pause`."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin (called by the event loop)."""
+        # Not isinstance(): uvloop's are no subclasses.
+        self._transport = whole = cast("asyncio.Transport", transport)
+        whole.set_write_buffer_limits(high=_HIGH_BYTES)
+        _keep_alive(whole.get_extra_info("socket"))
+        name: Any = whole.get_extra_info("peername")
+        self.peer = f"{name[0]}:{name[1]}" if name else "?"
+        if self._on_made is not None:
+            self._on_made(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Take what came (called by the transport)."""
+        self._buffer += data
+        self._parse()
+
+    def _parse(self) -> None:
+        """Cut messages: all that came, or the next one where they are read one by one (its limits may depend on the last)."""
+        buffer = self._buffer
+        at = 0
+        if self._awaits_magic:
+            if not MAGIC.startswith(bytes(buffer[: len(MAGIC)])):
+                self._refuse(_no_magic(bytes(buffer[: len(MAGIC)])))
+                return
+            if len(buffer) < len(MAGIC):
+                return
+            self._awaits_magic = False
+            at = len(MAGIC)
+        while len(buffer) - at >= _HEADER.size and not self._received and not self._is_deaf:
+            (header,) = _HEADER.unpack_from(buffer, at)
+            length = header & ~_ENDED
+            if length > self.max_bytes:
+                self._refuse(f"a message of {length} bytes, {self.max_bytes} are the most")
+                return
+            past = at + _HEADER.size + length
+            if len(buffer) < past:
+                break
+            message = bytes(buffer[at + _HEADER.size : past])
+            at = past
+            if header & _ENDED:
+                self._end(message)
+            elif self._deliver is not None:
+                self._hand_over(message)
+            else:
+                self._received.append(message)
+                self.pause()
+                self._wake()
+        del buffer[:at]
+
+    def _hand_over(self, message: bytes) -> None:
+        assert self._deliver is not None
+        try:
+            self._deliver(message)
+        except Exception as error:  # noqa: BLE001 (told to whoever waits for the end)
+            self._is_deaf = True
+            self._fail(error)
+
+    def _end(self, message: bytes) -> None:
+        try:
+            ended = pb.Ended.FromString(message)
+        except DecodeError:
+            self._refuse("a damaged end")
+            return
+        self._fail(EndedByService(ended.reason, ended.details))
+        self.close()
+
+    def _refuse(self, what: str) -> None:
+        self._is_deaf = True
+        self._fail(NotOurs(what))
+        self.pause()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Take note of the end (called by the transport)."""
+        self.gone.set_result(None)
+        self._unwatch()
+        self._fail(ConnectionLost("the connection was lost" if error is None else f"the connection was lost: {error}"))
+
+    def _fail(self, error: Exception) -> None:
+        if not self.closed.done():
+            self.closed.set_exception(error)
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Let the kernel find out that the other machine is gone, when nothing is said: within half a minute."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+
+
+def _no_magic(found: bytes) -> str:
+    if found[:-1] == MAGIC[:-1]:
+        return f"wire version {found[-1]}, this side speaks {MAGIC[-1]}: upgrade the older one"
+    return "no message of AtollFS"
+
+
+def _nothing() -> None:
+    pass

@@ -3,8 +3,12 @@
 Owns two small memories of one session, which spare trips. Must not know messages.
 
 Directories: a kernel asks for the attributes of a directory right after each change in it, because it checks permissions
-itself; the reply to the change has brought them. Neighbours: whoever looks up names of one directory one after the other gets
-the names that follow with the third (`wanted`); a page grows while its names are asked for, and shrinks when they are not.
+itself; the reply to the change has brought them.
+
+Neighbours: whoever looks up, stats or opens one name of a directory often goes on with others of it, in order or at random. A
+name in a page of a directory costs both sides about 5 us, a lookup 250. So lookups that were asked earn a page of names
+(`wanted`), at first `FIRST_RATE` for each; more when pages are used, fewer when their time passes in vain, so that random
+lookups in a huge directory are hardly slower than without.
 
 Both hold for a fraction of the second for which kernels keep names and attributes (client.vfs.options), so what another
 machine changes shows after 1 s and that much. Own changes show at once: the reply that acknowledges one brings the new
@@ -19,28 +23,40 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from metasvc.model import Entry, Ino, Inode
+from metasvc.model import DirPage, Ino, Inode
 
 DIRECTORY_S: Final = 0.1
 NEIGHBOURS_S: Final = 0.2
-PAUSE_S: Final = 0.1
-"""Lookups in a directory that are further apart are no row."""
 IN_A_ROW: Final = 2
-MIN_PAGE: Final = 8
-MAX_PAGE: Final = 512
+"""So many lookups in a directory, without a pause of `NEIGHBOURS_S`, before the first page."""
+MAX_PAGE: Final = 1024
+"""A page of so many names begins at the first of the directory: few have more."""
+FIRST_RATE: Final = 48
+_MIN_RATE: Final = 3
+_MAX_RATE: Final = 512
+_NAMES_FOR_A_HIT: Final = 48
+"""What a lookup costs in names of a page."""
 _REMEMBERED: Final = 64
+_MAX_KNOWN: Final = 16 * MAX_PAGE
 
 
 @dataclass(slots=True)
 class _Row:
-    """How lookups go in one directory, and the names that came with the last page."""
+    """How lookups go in one directory, and the names that came with pages."""
 
-    asked: int = 0
+    known: dict[bytes, tuple[Inode, float]] = field(default_factory=dict)
+    """Names, and until when they are believed."""
     asked_s: float = 0.0
-    page: int = MIN_PAGE
+    credit: int = 0
+    """Lookups that were asked, or answered from here, since the last page."""
+    rate: int = FIRST_RATE
+    """Names that a page has for each of these."""
+    judged_s: float = 0.0
+    is_large: bool = False
+    """It has more names than a page."""
+    names: int = 0
     hits: int = 0
-    known: dict[bytes, Inode] = field(default_factory=dict)
-    until_s: float = 0.0
+    """Names that came, and were used, since the rate was judged."""
 
 
 class Recent:
@@ -59,7 +75,9 @@ class Recent:
     def changed(self, directories: Sequence[Inode] = ()) -> None:
         """Take note that a change was answered, and what its directories are with it."""
         self.changes += 1
-        self._rows.clear()
+        for row in self._rows.values():
+            row.known.clear()
+            row.credit = 0
         if directories:
             until_s = self._now_s() + DIRECTORY_S
             if len(self._directories) >= _REMEMBERED:
@@ -89,47 +107,63 @@ class Recent:
     def name(self, parent: Ino, name: bytes) -> Inode | None:
         """Return what a name stands for, if it came with a page a moment ago."""
         row = self._rows.get(parent)
-        if row is None or row.until_s < self._now_s():
+        found = None if row is None else row.known.get(name)
+        if row is None or found is None:
             return None
-        inode = row.known.get(name)
-        if inode is not None:
-            row.hits += 1
-        return inode
+        if found[1] < self._now_s():
+            del row.known[name]
+            return None
+        row.hits += 1
+        row.credit += 1
+        return found[0]
 
     def wanted(self, parent: Ino) -> int:
-        """Note a lookup that has to be asked; return how many names to ask for from there on, 0 for the one only."""
+        """Note a lookup that has to be asked; return how many names to ask for instead, 0 for the one only.
+
+        `MAX_PAGE` are asked for from the first of the directory, fewer from the name on.
+        """
         now_s = self._now_s()
         row = self._rows.get(parent)
         if row is None:
             if len(self._rows) >= _REMEMBERED:
-                self._rows.clear()
-            row = self._rows[parent] = _Row()
-        if now_s - row.asked_s > max(PAUSE_S, NEIGHBOURS_S if row.known else 0.0):
-            row.asked, row.page, row.known, row.hits = 0, MIN_PAGE, {}, 0
-        row.asked += 1
+                del self._rows[next(iter(self._rows))]
+            row = self._rows[parent] = _Row(judged_s=now_s)
+        if now_s - row.asked_s > NEIGHBOURS_S and not row.hits:
+            row.credit = 0
         row.asked_s = now_s
-        if row.asked <= IN_A_ROW:
+        row.credit += 1
+        if row.credit <= IN_A_ROW:
             return 0
-        if row.known:
-            was_used = row.hits * 2 >= len(row.known)
-            row.page = min(MAX_PAGE, row.page * 4) if was_used else max(MIN_PAGE, row.page // 4)
-            if not was_used and row.page == MIN_PAGE:
-                # Names in no order: a few single lookups, then another try.
-                row.asked, row.known = -MIN_PAGE, {}
-                return 0
-        return row.page
+        credit, row.credit = row.credit, 0
+        was_used = row.hits * _NAMES_FOR_A_HIT >= row.names
+        if was_used or now_s - row.judged_s > NEIGHBOURS_S:
+            if was_used and row.names:
+                row.rate = min(_MAX_RATE, row.rate * 2)
+            elif not was_used:
+                row.rate = max(_MIN_RATE, row.rate // 2)
+            row.names, row.hits, row.judged_s = 0, 0, now_s
+        return min(MAX_PAGE - row.is_large, credit * row.rate)
 
     def absent(self, parent: Ino) -> None:
-        """Note that a name was not there: who makes files looks for them first, and needs no neighbours."""
-        self._rows.pop(parent, None)
-
-    def page(self, parent: Ino, entries: Sequence[Entry], *, asked_at: int) -> None:
-        """Take a page that was asked for when `changes` was ``asked_at``."""
+        """Note that a name was not there: who makes files looks for them first, and earns no neighbours."""
         row = self._rows.get(parent)
-        if row is not None and asked_at == self.changes:
-            row.known = {entry.name: entry.inode for entry in entries}
-            row.hits = 0
-            row.until_s = self._now_s() + NEIGHBOURS_S
+        if row is not None:
+            row.credit = 0
+
+    def page(self, parent: Ino, page: DirPage, *, asked: int, asked_at: int) -> None:
+        """Take a page of as many names as were ``asked`` for, when `changes` was ``asked_at``."""
+        row = self._rows.get(parent)
+        if row is None:
+            return
+        entries = page.entries
+        if asked == MAX_PAGE:
+            row.is_large = not page.end
+        row.names += len(entries)
+        if asked_at == self.changes:
+            if len(row.known) > _MAX_KNOWN:
+                row.known.clear()
+            until_s = self._now_s() + NEIGHBOURS_S
+            row.known.update((entry.name, (entry.inode, until_s)) for entry in entries)
 
 
 def just_before(name: bytes) -> bytes | None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from client.meta.connection import SessionConnection
-from client.meta.recent import Recent, just_before
+from client.meta.recent import MAX_PAGE, Recent, just_before
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api import wire
 from metasvc.errors import FsError
@@ -66,11 +66,10 @@ class RemoteMeta:
         if known is not None:
             return known
         count = recent.wanted(parent)
-        before = just_before(name)
-        if count and before is not None:
+        if count:
             asked_at = recent.changes
-            page = await self.readdir(parent, after=before, limit=count)
-            recent.page(parent, page.entries, asked_at=asked_at)
+            page = await self.readdir(parent, after=just_before(name) if count < MAX_PAGE else None, limit=count)
+            recent.page(parent, page, asked=count, asked_at=asked_at)
             for entry in page.entries:
                 if entry.name == name:
                     return entry.inode

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterable
+
 import pytest
 
 from client.meta.recent import (
@@ -9,11 +12,10 @@ from client.meta.recent import (
     IN_A_ROW,
     MAX_PAGE,
     NEIGHBOURS_S,
-    PAUSE_S,
     Recent,
     just_before,
 )
-from metasvc.model import Entry, Ino, Inode
+from metasvc.model import DirPage, Entry, Ino, Inode
 
 PARENT = Ino(10)
 
@@ -65,52 +67,77 @@ def test_a_directory_is_known_for_a_moment_after_its_change_and_never_as_it_was_
     assert recent.directory(PARENT) is None
 
 
-def walk(recent: Recent, count: int, *, present: int | None = None) -> tuple[int, int]:
-    """Look up names in order, as RemoteMeta does; how many single requests and how many pages that took."""
-    singles = pages = 0
-    for number in range(count):
-        name = b"%06d" % number
-        if (known := recent.name(PARENT, name)) is not None:
+LOOKUP_S = 0.0003
+
+
+def look_up(recent: Recent, clock: Clock, positions: Iterable[int], *, size: int) -> tuple[int, int, int]:
+    """Look up names of a directory as RemoteMeta does: how many single requests, pages and names of pages that took."""
+    singles = pages = names = 0
+    for number in positions:
+        clock.now_s += LOOKUP_S
+        if (known := recent.name(PARENT, b"%06d" % number)) is not None:
             assert known.ino == 1000 + number
             continue
         wanted = recent.wanted(PARENT)
         if wanted:
+            first = 0 if wanted == MAX_PAGE else number
+            found = entries(first, min(wanted, size - first))
             pages += 1
-            recent.page(PARENT, entries(number, wanted), asked_at=recent.changes)
-        else:
-            singles += 1
-    return singles, pages
+            names += len(found)
+            recent.page(PARENT, DirPage(found, first + len(found) == size), asked=wanted, asked_at=recent.changes)
+            if first <= number < first + len(found):
+                continue
+        singles += 1
+    return singles, pages, names
 
 
 def test_names_in_order_come_in_pages_that_grow() -> None:
-    singles, pages = walk(Recent(now_s=Clock()), 5000)
+    clock = Clock()
+    singles, pages, names = look_up(Recent(now_s=clock), clock, range(900), size=900)
     assert singles == IN_A_ROW
-    assert pages <= 5000 // MAX_PAGE + 5
+    assert pages <= 5
+    assert names <= 3 * 900
 
 
-def test_names_in_no_order_cost_few_pages_and_small_ones() -> None:
-    recent, asked = Recent(now_s=Clock()), 0
-    for number in range(1000):
-        position = number * 7919 % 1_000_003
-        if recent.name(PARENT, b"%06d" % position) is None and (wanted := recent.wanted(PARENT)):
-            asked += wanted
-            recent.page(PARENT, entries(position, wanted), asked_at=recent.changes)
-    assert asked <= 2 * 1000
+def test_names_in_order_of_a_huge_directory_come_in_pages_from_there_on() -> None:
+    clock = Clock()
+    singles, pages, names = look_up(Recent(now_s=clock), clock, range(500_000, 520_000), size=1_000_000)
+    assert singles + pages <= 60
+    assert names <= 2 * 20_000
 
 
-@pytest.mark.parametrize("event", ["change", "time", "absent"])
+def test_names_at_random_in_a_directory_of_some_size_come_with_it() -> None:
+    clock = Clock()
+    order = list(range(900))
+    random.Random(1).shuffle(order)
+    singles, pages, names = look_up(Recent(now_s=clock), clock, order, size=900)
+    # 0.27 s of lookups, and pages are believed for 0.2.
+    assert singles + pages <= 30
+    assert names <= 6 * 900
+
+
+def test_names_at_random_in_a_huge_directory_cost_hardly_more_than_one_by_one() -> None:
+    clock, size = Clock(), 1_000_000
+    source = random.Random(2)
+    singles, pages, names = look_up(
+        Recent(now_s=clock), clock, [source.randrange(size) for _ in range(20_000)], size=size
+    )
+    assert singles + pages <= 1.7 * 20_000
+    # A name costs a 48th of a lookup.
+    assert names <= 0.6 * 20_000 * 48
+
+
+@pytest.mark.parametrize("event", ["change", "time"])
 def test_neighbours_are_forgotten(event: str) -> None:
     clock = Clock()
     recent = Recent(now_s=clock)
-    walk(recent, IN_A_ROW + 2)
+    look_up(recent, clock, range(IN_A_ROW + 2), size=900)
     name = b"%06d" % (IN_A_ROW + 2)
     assert recent.name(PARENT, name) is not None
     if event == "change":
         recent.changed()
-    elif event == "time":
-        clock.now_s += NEIGHBOURS_S + 0.01
     else:
-        recent.absent(PARENT)
+        clock.now_s += NEIGHBOURS_S + 0.01
     assert recent.name(PARENT, name) is None
 
 
@@ -121,7 +148,7 @@ def test_a_page_that_was_asked_for_before_a_change_is_not_taken() -> None:
     recent.changed()
     for _ in range(IN_A_ROW + 1):
         recent.wanted(PARENT)
-    recent.page(PARENT, entries(0, wanted), asked_at=asked_at)
+    recent.page(PARENT, DirPage(entries(0, wanted), end=True), asked=wanted, asked_at=asked_at)
     assert recent.name(PARENT, b"000000") is None
 
 
@@ -130,7 +157,15 @@ def test_lookups_that_are_far_apart_bring_no_neighbours() -> None:
     recent = Recent(now_s=clock)
     for _ in range(100):
         assert recent.wanted(PARENT) == 0
-        clock.now_s += PAUSE_S + 0.01
+        clock.now_s += NEIGHBOURS_S + 0.01
+
+
+def test_who_makes_files_brings_no_neighbours() -> None:
+    recent = Recent(now_s=Clock())
+    for _ in range(100):
+        assert recent.wanted(PARENT) == 0
+        recent.absent(PARENT)
+        recent.changed([inode(PARENT)])
 
 
 def test_memory_is_bounded() -> None:

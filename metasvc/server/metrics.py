@@ -57,6 +57,8 @@ class ServiceMetrics:
             registry=self._registry,
         )
         self._by_operation: dict[str, Histogram] = {}
+        self.running = 0
+        """Requests under way, of all sessions of all volumes."""
         self._registry.register(_Volumes(volumes))
 
     def observe_request(self, operation: str, duration_s: float, *, failed: bool) -> None:

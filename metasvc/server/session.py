@@ -162,6 +162,9 @@ class ServedSession(EngineSession):
 
     async def _run_request(self, number: int, name: str, operation: Operation, message: Any) -> None:
         began_s, failed = time.monotonic(), True
+        metrics = self._metrics
+        if metrics is not None:
+            metrics.running += 1
         caller = wire.caller_of(message.caller, number) if hasattr(message, "caller") else Caller(request_id=number)
         directories = {Ino(getattr(message, field)) for field in operation.directories}
         self._puts[number] = (operation.keep or operation.put, directories)
@@ -185,9 +188,11 @@ class ServedSession(EngineSession):
             failed = False
         finally:
             del self._puts[number]
+            if metrics is not None:
+                metrics.running -= 1
         duration_s = time.monotonic() - began_s
-        if self._metrics is not None:
-            self._metrics.observe_request(name, duration_s, failed=failed)
+        if metrics is not None:
+            metrics.observe_request(name, duration_s, failed=failed)
         if duration_s > SLOW_S:
             log.warning("request %d (%s) of session %d took %.1f s", number, name, self._session_id, duration_s)
         self._send(answer)

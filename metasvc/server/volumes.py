@@ -106,6 +106,7 @@ class Volume:
         volume = cls(store, engine, expiry_s=expiry_s, objects_url=objects_url, metrics=metrics)
         if metrics is not None:
             engine.committer.observe = metrics.observe_commit
+            engine.committer.may_block = lambda: metrics.running <= 1
         try:
             await volume._take_up_sessions()
         except BaseException:

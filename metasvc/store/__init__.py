@@ -65,8 +65,10 @@ class VolumeStore(Protocol):
         """Let the next owner acquire at once. Does nothing if the ownership is not the stored one."""
         ...
 
-    async def commit(self, ownership: Ownership, number: int, batch: Batch) -> None:
+    async def commit(self, ownership: Ownership, number: int, batch: Batch, *, here: bool = False) -> None:
         """Apply a batch atomically and durably, if nonce and epoch match and last_batch == number - 1.
+
+        ``here``: nobody needs the event loop meanwhile; it may stand still if that is quicker.
 
         Sets last_batch to number. Raises Fenced if they do not match; nothing is applied then. After a
         StoreError the batch is applied wholly or not at all: ask last_batch() which.

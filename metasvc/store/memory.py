@@ -164,7 +164,7 @@ class MemoryVolume:
         if (volume.nonce, volume.epoch) == (ownership.nonce, ownership.epoch):
             volume.nonce, volume.expires, volume.address = None, 0.0, ""
 
-    async def commit(self, ownership: Ownership, number: int, batch: Batch) -> None:
+    async def commit(self, ownership: Ownership, number: int, batch: Batch, *, here: bool = False) -> None:
         volume = self._owned(ownership)
         if volume.last_batch != number - 1:
             raise Fenced(f"batch {number} does not follow the stored batch {volume.last_batch}")

@@ -117,7 +117,14 @@ def _connect(path: str, factory: type[C]) -> C:
     # mode=rw: a file that somebody removed must not come back as an empty one.
     uri = f"file:{quote(os.fsencode(path))}?mode=rw"
     connection: C = sqlite3.connect(
-        uri, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None, cached_statements=_PREPARED, factory=factory
+        uri,
+        uri=True,
+        timeout=BUSY_TIMEOUT_S,
+        isolation_level=None,
+        cached_statements=_PREPARED,
+        factory=factory,
+        # Used by one thread at a time, not by one: ConnectionThreads.call_here.
+        check_same_thread=False,
     )
     connection.execute("PRAGMA foreign_keys = OFF")
     # Debian builds SQLite with secure_delete: removed contents would be overwritten with zeros in the log.

@@ -12,6 +12,10 @@ deadline, leaves its call in the queue; it is skipped if it has not begun, else 
 dropped. The queue is bounded by the callers: each waits for its one entry, and they are bounded by the requests that
 sessions may have outstanding. All calls come from one event loop. Connections do not
 survive fork(): open the store after the process became a daemon.
+
+The connection of an only thread is lent: before the thread waits for a call it lays it down (``_lent``), and with a call it
+takes it up again. Only the loop puts calls into the queue, so while the loop runs a call itself (`call_here`) the thread
+cannot wake.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any, Final, Generic, TypeVar, TypeVarTuple
+from typing import Any, Final, Generic, TypeVar, TypeVarTuple, cast
 
 from chunkstore.errors import AtollError
 from metasvc.errors import StoreError
@@ -54,6 +58,26 @@ class ConnectionThreads(Generic[C]):
         self._threads: list[threading.Thread] = []
         self._waiting = 0
         self._closed = False
+        self._lent: C | None = None
+
+    @property
+    def may_call_here(self) -> bool:
+        """Return whether `call_here` can run something now: there is one thread at most, it is connected, and nothing waits."""
+        return self._lent is not None and not self._waiting and not self._closed
+
+    def call_here(self, function: Callable[[C, *Ts], T], *args: *Ts) -> T:
+        """Run ``function(connection, *args)`` on the caller's thread, without deadline. Requires `may_call_here`. StoreError.
+
+        Saves the hand-over to the thread and back: 110 of 560 us of a commit. The event loop stands meanwhile.
+        """
+        connection, self._lent = self._lent, None
+        try:
+            connection, result, error = self._attempt(connection, function, args)
+        finally:
+            self._lent = connection
+        if error is not None:
+            raise error
+        return cast("T", result)
 
     async def call(self, function: Callable[[C, *Ts], T], *args: *Ts) -> T:
         """Run ``function(connection, *args)`` on a thread. Foreign errors become StoreError.
@@ -117,7 +141,11 @@ class ConnectionThreads(Generic[C]):
     def _run(self) -> None:
         connection: C | None = None
         while True:
+            if self._limit == 1:
+                self._lent = connection
             loop, future, function, args = self._queue.get()
+            if self._limit == 1:
+                connection, self._lent = self._lent, None
             result: Any = None
             error: BaseException | None = None
             if function is None:
@@ -127,25 +155,32 @@ class ConnectionThreads(Generic[C]):
                 return
             if future.done():
                 continue
-            try:
-                if connection is None:
-                    connection = self._connect()
-                result = function(connection, *args)
-            except AtollError as exc:
-                error = exc
-            except FOREIGN as exc:
-                error = translate(exc, self._path)
-                error.__cause__ = exc
-                code = getattr(exc, "sqlite_errorcode", None)
-                if code is not None and code & 0xFF in _BROKEN and connection is not None:
-                    with contextlib.suppress(sqlite3.Error):
-                        connection.close()
-                    connection = None
-            except Exception as exc:  # noqa: BLE001  the edge of the thread: whatever it is, the caller gets it
-                error = exc
+            connection, result, error = self._attempt(connection, function, args)
             _answer(loop, future, result, error)
             # A thread that waits must not keep alive what the last call held, the rows of a big batch for instance.
             del future, function, args, result, error
+
+    def _attempt(
+        self, connection: C | None, function: Callable[..., Any], args: tuple[Any, ...]
+    ) -> tuple[C | None, Any, BaseException | None]:
+        """Run a call; the connection as it is afterwards (None: the next call needs a new one), the result, the error."""
+        try:
+            if connection is None:
+                connection = self._connect()
+            return connection, function(connection, *args), None
+        except AtollError as exc:
+            return connection, None, exc
+        except FOREIGN as exc:
+            error = translate(exc, self._path)
+            error.__cause__ = exc
+            code = getattr(exc, "sqlite_errorcode", None)
+            if code is not None and code & 0xFF in _BROKEN and connection is not None:
+                with contextlib.suppress(sqlite3.Error):
+                    connection.close()
+                connection = None
+            return connection, None, error
+        except Exception as exc:  # noqa: BLE001  the edge of the thread: whatever it is, the caller gets it
+            return connection, None, exc
 
 
 def _answer(

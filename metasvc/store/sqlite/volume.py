@@ -71,7 +71,11 @@ class SqliteVolume:
     async def release(self, ownership: Ownership) -> None:
         await self._write(owning.release, self._id, self._lock, ownership)
 
-    async def commit(self, ownership: Ownership, number: int, batch: Batch) -> None:
+    async def commit(self, ownership: Ownership, number: int, batch: Batch, *, here: bool = False) -> None:
+        if here and self._writer.may_call_here:
+            self._check_open()
+            self._writer.call_here(owning.commit, self._id, ownership, number, batch)
+            return
         await self._write(owning.commit, self._id, ownership, number, batch)
 
     async def last_batch(self, ownership: Ownership) -> int:

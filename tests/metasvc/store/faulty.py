@@ -183,8 +183,8 @@ class FaultyVolume:
     async def release(self, ownership: Ownership) -> None:
         await self._faults.around("release", lambda: self._inner.release(ownership))
 
-    async def commit(self, ownership: Ownership, number: int, batch: Batch) -> None:
-        await self._faults.around("commit", lambda: self._inner.commit(ownership, number, batch))
+    async def commit(self, ownership: Ownership, number: int, batch: Batch, *, here: bool = False) -> None:
+        await self._faults.around("commit", lambda: self._inner.commit(ownership, number, batch, here=here))
 
     async def last_batch(self, ownership: Ownership) -> int:
         return await self._faults.around("last_batch", lambda: self._inner.last_batch(ownership))

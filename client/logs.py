@@ -1,7 +1,7 @@
 """The log of a mount: one line for each event, as key=value or JSON, in a file beside the cache.
 
 Owns the configuration of structlog and of the standard library's logging (which the chunk store and libraries use): both go
-the same way, and every line names the volume. Must not know who logs.
+the same way, and every line names the volume, and the request that was worked on if there was one. Must not know who logs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import structlog  # noqa: E402
 
 if _is_blocking:
     del sys.modules[_BLOCKED]
+
+from client import request_ids  # noqa: E402
 
 LogFormat = Literal["text", "json"]
 
@@ -45,14 +47,17 @@ class OwnerOnlyFile(logging.handlers.RotatingFileHandler):
 def configure(path: str | None, *, volume: str, log_format: LogFormat = "text") -> Any:
     """Send all logging to a file (None: stderr) and return the logger of the mount. OSError if it cannot be written."""
 
-    def name_volume(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    def say_where(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         event.setdefault("volume", volume)
+        request = request_ids.current.get()
+        if request:
+            event.setdefault("request", request)
         return event
 
     shared: list[Any] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        name_volume,
+        say_where,
         structlog.processors.format_exc_info,
     ]
     handler: logging.Handler = (

@@ -25,6 +25,7 @@ from time import perf_counter_ns
 from typing import Any, Final
 
 from chunkstore.errors import AtollError
+from client import request_ids
 from client.mounts import mounts_at, read_mounts
 from client.transport import MountOptions, kernel_mount
 from client.transport.event_loop import EventLoop, without_trio
@@ -99,6 +100,7 @@ class Operations(pyfuse3.Operations):
 
         async def handler(*args: Any) -> Any:
             started_ns = perf_counter_ns()
+            request = request_ids.begin(operation)
             errno = 0
             loop.requests_in_work += 1
             try:
@@ -113,7 +115,7 @@ class Operations(pyfuse3.Operations):
                 bits[duration_ns.bit_length()] += 1
                 metrics.total_ns += duration_ns
                 if readers:
-                    self._record(operation, args, errno, duration_ns)
+                    self._record(request, args, errno, duration_ns)
 
         return handler
 
@@ -129,11 +131,11 @@ class Operations(pyfuse3.Operations):
                 self._log.error("request failed unexpectedly", operation=operation, exc_info=error)
                 return E.EIO
 
-    def _record(self, operation: str, args: tuple[Any, ...], errno: int, duration_ns: int) -> None:
+    def _record(self, request: str, args: tuple[Any, ...], errno: int, duration_ns: int) -> None:
         context = args[-1] if isinstance(args[-1], pyfuse3.RequestContext) else None
         shown = ",".join(_shown(arg) for arg in args if arg is not context)
         self._vfs.access_log.record(
-            operation,
+            request,
             shown,
             uid=context.uid if context else -1,
             gid=context.gid if context else -1,

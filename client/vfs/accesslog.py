@@ -73,14 +73,14 @@ class AccessLog:
         return reader
 
     def record(
-        self, operation: str, arguments: str, *, uid: int, gid: int, pid: int, answer: str, duration_ns: int
+        self, request: str, arguments: str, *, uid: int, gid: int, pid: int, answer: str, duration_ns: int
     ) -> None:
-        """Add a line: `time [uid,gid,pid] operation (arguments): answer <seconds>`. Call it only while there are readers."""
+        """Add a line: `time [uid,gid,pid] OPERATION-number (arguments): answer <seconds>`. Only while there are readers."""
         now_ns = time.time_ns()
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(now_ns // 1_000_000_000))
         line = (
             f"{stamp}.{now_ns // 1000 % 1_000_000:06d} [{uid},{gid},{pid}] "
-            f"{operation} ({arguments}): {answer} <{duration_ns / 1e9:.6f}>\n"
+            f"{request} ({arguments}): {answer} <{duration_ns / 1e9:.6f}>\n"
         ).encode("utf-8", "backslashreplace")
         for reader in self.readers:
             reader.add(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import stat
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from client import logs
+from client import logs, request_ids
 
 
 @pytest.fixture
@@ -55,6 +56,34 @@ def test_every_event_is_one_line_that_names_the_volume(
         assert "WARNING the bucket says no\\nreally" in lines[1]
         assert "Traceback" in lines[2]
         assert "inode=3" in lines[2]
+
+
+async def test_a_line_names_the_request_that_it_was_logged_for_also_in_tasks_of_that_request(
+    tmp_path: Path, root_handlers: None
+) -> None:
+    path = tmp_path / "log"
+    log = logs.configure(str(path), volume="v")
+    told = asyncio.Event()
+
+    async def later(text: str) -> None:
+        await told.wait()
+        log.info(text)
+        logging.getLogger("chunkstore").warning("library %s", text)
+
+    async def work(operation: str) -> tuple[str, asyncio.Task[None]]:
+        request = request_ids.begin(operation)
+        log.info(f"during {operation}")
+        return request, asyncio.create_task(later(f"after {operation}"))
+
+    log.info("outside")
+    answers = await asyncio.gather(*(work(operation) for operation in ("READ", "WRITE")))
+    told.set()
+    await asyncio.gather(*(task for _, task in answers))
+    lines = path.read_text().splitlines()
+    assert not any("request=" in line for line in lines if "outside" in line)
+    for request, operation in zip((answer[0] for answer in answers), ("READ", "WRITE"), strict=True):
+        assert sum(operation in line.split("request=")[0] for line in lines) == 3
+        assert sum(line.endswith(f"request={request}") for line in lines) == 3
 
 
 def test_a_log_that_grew_too_long_is_put_aside(

@@ -122,7 +122,7 @@ def test_the_access_log_shows_what_is_done_while_it_is_read(tmp_path: Path) -> N
             while b"MKDIR" not in lines:
                 lines += log.read(65536)
         pattern = (
-            rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6} \[0,0,%d\] MKDIR \(1,seen,\d+\): OK <\d\.\d{6}>" % os.getpid()
+            rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6} \[0,0,%d\] MKDIR-\d+ \(1,seen,\d+\): OK <\d\.\d{6}>" % os.getpid()
         )
         assert re.search(pattern, lines)
 

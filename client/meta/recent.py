@@ -92,6 +92,11 @@ class Recent:
         self.changed()
         self._directories.pop(ino, None)
 
+    def clear(self) -> None:
+        """Forget everything: what was known turned out to be old, or more has changed than was told."""
+        self.changed()
+        self._directories.clear()
+
     def directory(self, ino: Ino) -> Inode | None:
         """Return a directory as a change has just left it, if that is known."""
         found = self._directories.get(ino)

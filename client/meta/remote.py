@@ -52,9 +52,11 @@ class RemoteMeta:
     def session_id(self) -> SessionId:
         return self._connection.session_id
 
-    async def _change(self, name: str, message: Any) -> pb.Reply:
-        """Call an operation that changes names."""
+    async def _change(self, name: str, message: Any, *, moves: bool = False) -> pb.Reply:
+        """Call an operation that changes names. ``moves``: a directory that is remembered may be gone by it, or moved."""
         reply = await self._call(name, message)
+        if moves:
+            self._recent.clear()
         self._recent.changed(wire.inodes_of(reply.directories))
         return reply
 
@@ -120,7 +122,8 @@ class RemoteMeta:
         await self._change("unlink", pb.Unlink(caller=wire.caller_message(caller), parent=parent, name=name))
 
     async def rmdir(self, caller: Caller, parent: Ino, name: bytes) -> None:
-        await self._change("rmdir", pb.RemoveDir(caller=wire.caller_message(caller), parent=parent, name=name))
+        message = pb.RemoveDir(caller=wire.caller_message(caller), parent=parent, name=name)
+        await self._change("rmdir", message, moves=True)
 
     async def rename(
         self, caller: Caller, parent: Ino, name: bytes, new_parent: Ino, new_name: bytes, *, flags: RenameFlags
@@ -133,7 +136,7 @@ class RemoteMeta:
             new_name=new_name,
             flags=int(flags),
         )
-        await self._change("rename", message)
+        await self._change("rename", message, moves=True)
 
     # -- attributes ---------------------------------------------------------------------------------------------------
 
@@ -163,7 +166,12 @@ class RemoteMeta:
     # -- content ------------------------------------------------------------------------------------------------------
 
     async def open(self, ino: Ino) -> OpenFile:
-        return wire.open_of(await self._call("open", pb.Open(ino=ino)))
+        try:
+            return wire.open_of(await self._call("open", pb.Open(ino=ino)))
+        except FsError:
+            # The name that led here is old: a kernel looks it up again.
+            self._recent.clear()
+            raise
 
     async def create(self, caller: Caller, parent: Ino, name: bytes, *, mode: int, exclusive: bool) -> OpenFile:
         message = pb.Create(

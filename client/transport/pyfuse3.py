@@ -122,6 +122,8 @@ class Operations(pyfuse3.Operations):
     def _errno(self, operation: str, error: BaseException) -> int:
         """The one table from errors to what the kernel is answered."""
         match error:
+            case AtollError() if error.errno == E.ENOENT and operation in _ON_INODES:
+                return E.ESTALE
             case pyfuse3.FUSEError() | AtollError():
                 return error.errno
             case OSError() if error.errno:
@@ -340,6 +342,12 @@ class Operations(pyfuse3.Operations):
     async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
         return True  # asked only without default_permissions: whoever mounts so leaves it to us
 
+
+_ON_INODES: Final = frozenset(
+    {"OPEN", "OPENDIR", "GETATTR", "SETATTR", "READLINK", "GETXATTR", "LISTXATTR", "SETXATTR"}
+)
+"""Where no name is asked for, and the inode is gone: another machine has replaced or removed what a name of the kernel's stands
+for. With ESTALE the kernel looks the name up again (and says ENOENT if there is none); with ENOENT the call would fail."""
 
 _HANDLERS: Final = {
     "LOOKUP": "lookup",

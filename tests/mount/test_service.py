@@ -54,6 +54,29 @@ def test_what_one_mount_closed_another_opens(tmp_path: Path) -> None:
         assert len(status["sessions"]) == 1, "the command's own"
 
 
+def test_what_one_mount_replaces_or_removes_another_opens_under_its_name_or_misses(tmp_path: Path) -> None:
+    with (
+        service(tmp_path) as running,
+        mounted_from(running, tmp_path, "--bucket", directory_bucket(tmp_path), "--trash-days", "0") as one,
+        also_mounted(one, tmp_path) as other,
+    ):
+        directory = one.path / "d"
+        directory.mkdir()
+        for number in range(20):
+            (directory / f"f{number}").write_bytes(b"0")
+        for round_ in range(1, 6):
+            # The other one's kernel knows every name now, and its daemon those that it looked up with them.
+            assert {path.read_bytes() for path in (other.path / "d").iterdir()} == {b"%d" % (round_ - 1)}
+            for number in range(20):
+                (directory / "new").write_bytes(b"%d" % round_)
+                (directory / "new").rename(directory / f"f{number}")
+                assert (other.path / "d" / f"f{number}").read_bytes() == b"%d" % round_
+        assert [(other.path / "d" / f"f{number}").stat().st_size for number in range(20)] == [1] * 20
+        (directory / "f3").unlink()
+        with pytest.raises(FileNotFoundError):
+            (other.path / "d" / "f3").read_bytes()
+
+
 def test_commands_work_at_the_address_and_under_the_mount(tmp_path: Path) -> None:
     with (
         service(tmp_path) as running,

@@ -241,14 +241,15 @@ class ServiceVolume(OpenVolume):
         admin: MetaAdmin,
         env: Mapping[str, str],
         closing: AsyncExitStack,
+        has_kernel: bool,
     ) -> None:
-        """Take a session that is connected."""
+        """Take a session that is connected. ``has_kernel``: a mount uses it, and no program directly."""
         from client.meta.remote import RemoteMeta
 
         super().__init__(address, env=env, closing=closing)
         self._connection = connection
         self.admin = admin
-        self.meta = RemoteMeta(connection)
+        self.meta = RemoteMeta(connection, remembers=has_kernel)
 
     @property
     def failure(self) -> AtollError | None:
@@ -378,7 +379,9 @@ async def _open_service(
         await connection.open(timeout_s=max(wait_s, CONNECT_S))
         stack.push_async_callback(connection.close)
         admin = RemoteAdmin(endpoint, address.name, timeout_s=access.timeout_s)
-        yield ServiceVolume(address, connection=connection, admin=admin, env=env, closing=stack)
+        yield ServiceVolume(
+            address, connection=connection, admin=admin, env=env, closing=stack, has_kernel=bool(mountpoint)
+        )
 
 
 @asynccontextmanager

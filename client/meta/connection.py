@@ -51,8 +51,8 @@ SILENCE: Final = 5
 SENT_WINDOW: Final = 1024
 """No request goes out so far ahead of the lowest without a reply: the service would end the stream."""
 WINDOW: Final = 512
-"""No request runs so far ahead of the lowest without a reply: the service keeps, and writes with each batch, all replies from
-there on (150 bytes each)."""
+"""No request but a release runs so far ahead of the lowest without a reply: the service keeps, and writes with each batch, all
+replies from there on (150 bytes each, 250 of a rename)."""
 FIRST_DELAY_S: Final = 0.05
 MAX_DELAY_S: Final = 1.0
 _BATCH_BYTES: Final = 4 * 1024 * 1024
@@ -83,13 +83,15 @@ log = logging.getLogger(__name__)
 class _Pending:
     """A request without a reply."""
 
-    __slots__ = ("began_s", "future", "is_sent", "name", "request", "was_sent")
+    __slots__ = ("began_s", "future", "is_repeated", "is_sent", "name", "request", "was_sent")
 
     def __init__(self, request: pb.Request, name: str) -> None:
         self.request = request
         self.name = name
         self.is_sent = False
         """On this stream."""
+        self.is_repeated = False
+        """It was sent on an earlier stream."""
         self.was_sent = False
         """On any stream: it may have been applied."""
         self.began_s = time.monotonic()
@@ -310,6 +312,9 @@ class SessionConnection:
                 self._opens[ino] += 1
                 self.release(ino)
             return
+        if pending.is_repeated:
+            # They are what they were when it was applied, which may be long ago.
+            reply.ClearField("directories")
         if not reply.HasField("failure"):
             if reply.opens:
                 ino = Ino(reply.inodes.ino[0])
@@ -346,6 +351,9 @@ class SessionConnection:
                     return
                 except (EndedByService, ConnectionLost, Stalled, NotOurs) as ended:
                     error = self._endpoint.error(ended)
+                    if isinstance(ended, NotOurs) and self._opened.done():
+                        # A proxy, or somebody who has the port meanwhile: the service was there, and may be again.
+                        error = ServiceUnavailable(error.message)
                 except TimeoutError:
                     error = ServiceUnavailable(f"the service at {self._endpoint} says nothing")
                 except AtollError as told:
@@ -391,8 +399,12 @@ class SessionConnection:
             if pending.name in _CHANGING and pending.was_sent:
                 told = errno.ESTALE if pending.name == "commit" else errno.EIO
                 self._fail(number, FsError(told, "the session with the metadata service had ended"))
-            elif pending.name == "release":
-                # What it releases is not opened again.
+        self._drop_releases()
+
+    def _drop_releases(self) -> None:
+        """Forget releases that a session which has ended did not hear: what they release is not opened again."""
+        for number, pending in list(self._pending.items()):
+            if pending.name == "release":
                 self._take(number)
                 self._released(Ino(pending.request.release.ino))
                 if not pending.future.done():
@@ -410,7 +422,7 @@ class SessionConnection:
             self._frames = frames
             frames.deliver(self._message)
             self._flush()
-            living = asyncio.create_task(self._live(), name="signs of life")
+            living = asyncio.create_task(self._live(frames), name="signs of life")
             try:
                 await asyncio.wait({living, frames.closed}, return_when=asyncio.FIRST_COMPLETED)
                 await (frames.closed if frames.closed.done() else living)
@@ -436,6 +448,8 @@ class SessionConnection:
         frames.send(pb.FromClient(hello=hello, confirmed=self._confirmed()).SerializeToString())
         welcome = pb.FromService.FromString(await frames.read()).welcome
         is_new = welcome.session_id != self._hello.session_id
+        if is_new:
+            self._drop_releases()
         self._format = parse_format(welcome.format.json)
         self._welcome = welcome
         hello.session_id, hello.secret = welcome.session_id, welcome.secret
@@ -443,11 +457,15 @@ class SessionConnection:
             self._register_opens()
         self._away_since_s = None
         self._failure = None
-        self._outgoing = [pending.request for pending in self._pending.values()]
+        # What was open is opened again before anything that needs it open.
+        waiting = self._pending.values()
+        opens = [pending.request for pending in waiting if is_new and pending.name == "open"]
+        self._outgoing = opens + [pending.request for pending in waiting if not (is_new and pending.name == "open")]
         self._sent = 0
         self._given_up.clear()
         for pending in self._pending.values():
             pending.is_sent = False
+            pending.is_repeated = pending.was_sent
         self._room.set()
         if self._opened.done():
             log.warning("connected to the service at %s again, session %d", self._endpoint, welcome.session_id)
@@ -460,7 +478,7 @@ class SessionConnection:
         promised, self._promised = self._promised, {}
         for ino, count in opens.items():
             for _ in range(count):
-                self._ask("open", pb.Open(ino=ino))
+                self._ask("open", pb.Open(ino=ino, again=True))
         for ino, end in promised.items():
             self._ask("reserve", pb.Reserve(ino=ino, end=min(end, MAX_FILE_BYTES)))
 
@@ -525,12 +543,12 @@ class SessionConnection:
         if self._is_ending and not self._pending:
             self._flush_soon()
 
-    async def _live(self) -> None:
+    async def _live(self, frames: Frames) -> None:
         """Give signs of life, and look for silence."""
         interval_s = self._welcome.keepalive_s
         while True:
             await asyncio.sleep(interval_s)
-            if time.monotonic() - self._heard_s > SILENCE * interval_s:
+            if time.monotonic() - max(self._heard_s, frames.heard_s) > SILENCE * interval_s:
                 raise ServiceUnavailable(
                     f"nothing was heard of the service at {self._endpoint} for {SILENCE * interval_s:.0f} s"
                 )

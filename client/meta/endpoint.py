@@ -68,12 +68,13 @@ class Endpoint:
         try:
             async with asyncio.timeout(CONNECT_S):
                 _, frames = await loop.create_connection(
-                    lambda: Frames(max_bytes=MAX_REPLY_BYTES), self.host.strip("[]"), self.port
+                    lambda: Frames(max_bytes=MAX_REPLY_BYTES, is_client=True), self.host.strip("[]"), self.port
                 )
         except TimeoutError as error:
             raise ServiceUnavailable(f"the service at {self} does not answer") from error
-        except OSError as error:
-            raise ServiceUnavailable(f"the service at {self} is not reachable: {error.strerror or error}") from error
+        except (OSError, UnicodeError, OverflowError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or error
+            raise ServiceUnavailable(f"the service at {self} is not reachable: {reason}") from error
         frames.greet()
         frames.send(pb.Opening(method=method, token=self.token, volume=volume).SerializeToString())
         return frames

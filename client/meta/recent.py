@@ -13,7 +13,8 @@ lookups in a huge directory are hardly slower than without.
 Both hold for a fraction of the second for which kernels keep names and attributes (client.vfs.options), so what another
 machine changes shows after 1 s and that much. Own changes show at once: the reply that acknowledges one brings the new
 attributes of its directories, and forgets all neighbours; a page that was asked for before that is not taken. An absent name
-is never answered from here.
+is never answered from here. A name is answered from here once: a kernel that asks again, for O_EXCL or after ESTALE, wants to
+know whether it is still so.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _NAMES_FOR_A_HIT: Final = 48
 """What a lookup costs in names of a page."""
 _REMEMBERED: Final = 64
 _MAX_KNOWN: Final = 16 * MAX_PAGE
+"""Names of all directories together: 10 MiB."""
 
 
 @dataclass(slots=True)
@@ -115,8 +117,8 @@ class Recent:
         found = None if row is None else row.known.get(name)
         if row is None or found is None:
             return None
+        del row.known[name]
         if found[1] < self._now_s():
-            del row.known[name]
             return None
         row.hits += 1
         row.credit += 1
@@ -165,9 +167,11 @@ class Recent:
             row.is_large = not page.end
         row.names += len(entries)
         if asked_at == self.changes:
-            if len(row.known) > _MAX_KNOWN:
-                row.known.clear()
-            until_s = self._now_s() + NEIGHBOURS_S
+            now_s = self._now_s()
+            if sum(len(each.known) for each in self._rows.values()) > _MAX_KNOWN:
+                for each in self._rows.values():
+                    each.known.clear()
+            until_s = now_s + NEIGHBOURS_S
             row.known.update((entry.name, (entry.inode, until_s)) for entry in entries)
 
 

@@ -38,11 +38,12 @@ class RemoteMeta:
     under way when the service had ended the session.
     """
 
-    def __init__(self, connection: SessionConnection) -> None:
-        """Take an open connection."""
+    def __init__(self, connection: SessionConnection, *, remembers: bool = False) -> None:
+        """Take an open connection. ``remembers``: a kernel is asking, so what it may believe may be answered from `Recent`."""
         self._connection = connection
         self._call = connection.call
         self._recent = Recent()
+        self._remembers = remembers
 
     @property
     def format(self) -> VolumeFormat:
@@ -52,17 +53,29 @@ class RemoteMeta:
     def session_id(self) -> SessionId:
         return self._connection.session_id
 
-    async def _change(self, name: str, message: Any, *, moves: bool = False) -> pb.Reply:
-        """Call an operation that changes names. ``moves``: a directory that is remembered may be gone by it, or moved."""
-        reply = await self._call(name, message)
+    async def _change(self, name: str, message: Any, *, ino: Ino | None = None, moves: bool = False) -> pb.Reply:
+        """Call an operation that changes something; then nothing is known of what it may have changed but what it told.
+
+        ``ino`` is what it changes by number. ``moves``: a directory that is remembered may be gone by it, or moved.
+        """
+        try:
+            reply = await self._call(name, message)
+        except BaseException:
+            # It may have been applied, and is told to nobody.
+            self._recent.clear()
+            raise
         if moves:
             self._recent.clear()
+        elif ino is not None:
+            self._recent.forget(ino)
         self._recent.changed(wire.inodes_of(reply.directories))
         return reply
 
     # -- names --------------------------------------------------------------------------------------------------------
 
     async def lookup(self, parent: Ino, name: bytes) -> Inode:
+        if not self._remembers:
+            return wire.inode_of(await self._call("lookup", pb.Lookup(parent=parent, name=name)))
         recent = self._recent
         known = recent.name(parent, name)
         if known is not None:
@@ -85,7 +98,7 @@ class RemoteMeta:
         return wire.inodes_of((await self._call("resolve", pb.Resolve(start=start, path=path))).inodes)
 
     async def getattr(self, ino: Ino) -> Inode:
-        known = self._recent.directory(ino)
+        known = self._recent.directory(ino) if self._remembers else None
         if known is not None:
             return known
         return wire.inode_of(await self._call("getattr", pb.GetAttr(inos=[ino], one=True)))
@@ -141,9 +154,7 @@ class RemoteMeta:
     # -- attributes ---------------------------------------------------------------------------------------------------
 
     async def setattr(self, caller: Caller, ino: Ino, changes: SetAttr) -> Inode:
-        inode = wire.inode_of(await self._call("setattr", wire.set_attr_message(caller, ino, changes)))
-        self._recent.forget(ino)
-        return inode
+        return wire.inode_of(await self._change("setattr", wire.set_attr_message(caller, ino, changes), ino=ino))
 
     async def getxattr(self, ino: Ino, name: bytes) -> bytes:
         return (await self._call("getxattr", pb.GetXattr(ino=ino, name=name))).value
@@ -153,12 +164,11 @@ class RemoteMeta:
 
     async def setxattr(self, caller: Caller, ino: Ino, name: bytes, value: bytes, *, flags: int) -> None:
         message = pb.SetXattr(caller=wire.caller_message(caller), ino=ino, name=name, value=value, flags=flags)
-        await self._call("setxattr", message)
-        self._recent.forget(ino)
+        await self._change("setxattr", message, ino=ino)
 
     async def removexattr(self, caller: Caller, ino: Ino, name: bytes) -> None:
-        await self._call("removexattr", pb.RemoveXattr(caller=wire.caller_message(caller), ino=ino, name=name))
-        self._recent.forget(ino)
+        message = pb.RemoveXattr(caller=wire.caller_message(caller), ino=ino, name=name)
+        await self._change("removexattr", message, ino=ino)
 
     async def statfs(self, ino: Ino) -> StatFs:
         return wire.statfs_of(await self._call("statfs", pb.StatFs(ino=ino)))
@@ -193,15 +203,11 @@ class RemoteMeta:
         return (await self._call("reserve", pb.Reserve(ino=ino, end=end))).count
 
     async def commit(self, caller: Caller, ino: Ino, commit: Commit) -> Inode:
-        inode = wire.inode_of(await self._call("commit", wire.commit_message(caller, ino, commit)))
-        self._recent.changed()
-        return inode
+        return wire.inode_of(await self._change("commit", wire.commit_message(caller, ino, commit)))
 
     async def punch(self, caller: Caller, ino: Ino, *, start: int, end: int) -> OpenFile:
         message = pb.Punch(caller=wire.caller_message(caller), ino=ino, start=start, end=end)
-        reply = await self._call("punch", message)
-        self._recent.changed()
-        return wire.open_of(reply)
+        return wire.open_of(await self._change("punch", message))
 
     async def copy_range(
         self, caller: Caller, source: Ino, start: int, target: Ino, target_start: int, length: int
@@ -214,6 +220,5 @@ class RemoteMeta:
             target_start=target_start,
             length=length,
         )
-        reply = await self._call("copy_range", message)
-        self._recent.changed()
+        reply = await self._change("copy_range", message)
         return reply.count, wire.open_of(reply)

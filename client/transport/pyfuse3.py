@@ -21,6 +21,7 @@ import errno as E
 import os
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from time import perf_counter_ns
 from typing import Any, Final
 
@@ -46,6 +47,9 @@ _IDLE_TASKS: Final = 8
 _MAX_TASKS: Final = 128
 _DETACH_DEADLINE_S: Final = 30.0
 _NOTIFY_DEADLINE_S: Final = 2.0
+# Attributes that are kept longer are those of a volume that nobody else changes.
+_SOLE_S: Final = 60.0
+_MAX_TOLD: Final = 32_768
 
 Method = Callable[..., Coroutine[Any, Any, Any]]
 
@@ -79,6 +83,8 @@ class Operations(pyfuse3.Operations):
         self._on_init = on_init
         self._entry_timeout_s = vfs.options.entry_timeout_s
         self._attr_timeout_s = vfs.options.attr_timeout_s
+        self._told: dict[int, tuple[int, int, int]] | None = {} if self._attr_timeout_s < _SOLE_S else None
+        """Length and times of files as the kernel was told them last, where others may change them; see `open`."""
         self._absent = pyfuse3.EntryAttributes()
         self._absent.st_ino = 0
         self._absent.entry_timeout = vfs.options.negative_timeout_s
@@ -182,6 +188,10 @@ class Operations(pyfuse3.Operations):
             _,
             _,
         ) = inode
+        if self._told is not None:
+            if len(self._told) >= _MAX_TOLD:
+                self._told.clear()
+            self._told[ino] = (size, found.st_mtime_ns, found.st_ctime_ns)
         found.st_ino = ino if ino != self._vfs.root else _ROOT
         found.st_size = size
         found.st_blocks = (size + 511) >> 9
@@ -296,7 +306,20 @@ class Operations(pyfuse3.Operations):
 
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         handle = await self._vfs.open(self._caller(ctx), self._ino(inode), flags)
+        self._correct(handle.inode)
         return pyfuse3.FileInfo(fh=handle.fh, keep_cache=handle.keep_cache, direct_io=handle.direct_io)
+
+    def _correct(self, opened: Inode) -> None:
+        """Let the kernel ask for attributes again if what it was told of a file is not what open found.
+
+        It reads no further than the length that it believes in; and an answer to OPEN has no attributes. 20 us, and a GETATTR.
+        """
+        told = self._told
+        if told is None or told.get(opened.ino) == (opened.size_bytes, opened.mtime_ns, opened.ctime_ns):
+            return
+        # Of attributes alone it forgets at once: it waits for no request, unlike with names and pages.
+        with suppress(FileNotFoundError):
+            pyfuse3.invalidate_inode(opened.ino, attr_only=True)
 
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext

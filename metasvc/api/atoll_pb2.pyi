@@ -101,7 +101,7 @@ class Ended(_message.Message):
         SESSION_ENDED: Ended._Reason.ValueType  # 2
         """The session is no more: begin another."""
         NO_ACCESS: Ended._Reason.ValueType  # 3
-        """All others are final; the details say what to do."""
+        """All others but FAILED are final; the details say what to do."""
         NO_VOLUME: Ended._Reason.ValueType  # 4
         VOLUME_EXISTS: Ended._Reason.ValueType  # 5
         INVALID: Ended._Reason.ValueType  # 6
@@ -109,7 +109,7 @@ class Ended(_message.Message):
         UNKNOWN_METHOD: Ended._Reason.ValueType  # 7
         """A method that the service does not know."""
         FAILED: Ended._Reason.ValueType  # 8
-        """A defect of the service; its log says more."""
+        """A defect of the service; its log says more. Another try may go well."""
 
     class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper): ...
     DONE: Ended.Reason.ValueType  # 0
@@ -119,7 +119,7 @@ class Ended(_message.Message):
     SESSION_ENDED: Ended.Reason.ValueType  # 2
     """The session is no more: begin another."""
     NO_ACCESS: Ended.Reason.ValueType  # 3
-    """All others are final; the details say what to do."""
+    """All others but FAILED are final; the details say what to do."""
     NO_VOLUME: Ended.Reason.ValueType  # 4
     VOLUME_EXISTS: Ended.Reason.ValueType  # 5
     INVALID: Ended.Reason.ValueType  # 6
@@ -127,7 +127,7 @@ class Ended(_message.Message):
     UNKNOWN_METHOD: Ended.Reason.ValueType  # 7
     """A method that the service does not know."""
     FAILED: Ended.Reason.ValueType  # 8
-    """A defect of the service; its log says more."""
+    """A defect of the service; its log says more. Another try may go well."""
 
     REASON_FIELD_NUMBER: _builtins.int
     DETAILS_FIELD_NUMBER: _builtins.int
@@ -950,15 +950,19 @@ class Open(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     INO_FIELD_NUMBER: _builtins.int
+    AGAIN_FIELD_NUMBER: _builtins.int
     ino: _builtins.int
+    again: _builtins.bool
+    """It was open in a session that has ended: it may be one that has no name any more."""
     def __init__(
         self,
         *,
         ino: _builtins.int = ...,
+        again: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ino", b"ino"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["again", b"again", "ino", b"ino"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

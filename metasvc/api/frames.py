@@ -4,8 +4,8 @@ Owns the bytes on the wire. Must not know what messages mean, but for the two of
 who calls and what for; `Ended`, the service's last, says why no more comes.
 
 Bytes. First, from either side, `MAGIC` (8 bytes, the last one its version). Then frames: a little-endian u32, whose highest bit
-says "Ended" and whose others are a length in bytes, and so many bytes of one protobuf message. A service sends nothing before
-it has read an Opening that it accepts.
+says "Ended" (a service's alone) and whose others are a length in bytes, and so many bytes of one protobuf message. A service
+sends nothing before it has read an Opening, or found that what came is none.
 
 Why not gRPC: its own thread hands every message to the event loop, on both sides (docs/adr/0042). Here they are callbacks of
 the loop.
@@ -14,7 +14,7 @@ Ways to receive. `read` waits for the next message. After `deliver`, messages go
 turn of the loop. What the callback raises ends the connection (`closed`), and nothing more is delivered.
 
 Sending never waits: whoever sends looks at `is_congested` and stops until `on_room` is called. A peer that takes nothing for
-`STALLED_S` is given up.
+`STALLED_S` is given up, and so is one whose machine does not acknowledge what was sent for as long (the kernel sees to that).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, cast
@@ -77,8 +78,13 @@ class EndedByService(Exception):
 class Frames(asyncio.Protocol):
     """One connection, either side of it. Made by the event loop's create_connection or create_server."""
 
-    def __init__(self, *, max_bytes: int, on_made: Callable[[Frames], object] | None = None) -> None:
+    def __init__(
+        self, *, max_bytes: int, on_made: Callable[[Frames], object] | None = None, is_client: bool = False
+    ) -> None:
         """``max_bytes``: the longest message that is taken; it may be changed at any time."""
+        self._is_client = is_client
+        self.heard_s = time.monotonic()
+        """When bytes came last, of a whole message or not."""
         self.max_bytes = max_bytes
         self.on_room: Callable[[], object] = _nothing
         """Called when sending may go on."""
@@ -127,9 +133,9 @@ class Frames(asyncio.Protocol):
     def close(self) -> None:
         """Close when what was sent is on its way. Nothing more is received."""
         self._is_deaf = True
-        if self._transport is not None:
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.close()
-            if self.is_congested:
+            if self._transport.get_write_buffer_size():
                 self._watch()
         self._fail(ConnectionLost("the connection was closed"))
 
@@ -147,7 +153,8 @@ class Frames(asyncio.Protocol):
     def resume_writing(self) -> None:
         """Take note that the other side has caught up (called by the transport)."""
         self.is_congested = False
-        self._unwatch()
+        if self._transport is not None and not self._transport.is_closing():
+            self._unwatch()
         self.on_room()
 
     async def drain(self) -> None:
@@ -231,6 +238,7 @@ class Frames(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take what came (called by the transport)."""
+        self.heard_s = time.monotonic()
         self._buffer += data
         self._parse()
 
@@ -276,6 +284,9 @@ class Frames(asyncio.Protocol):
             self._fail(error)
 
     def _end(self, message: bytes) -> None:
+        if not self._is_client:
+            self._refuse("an end, from a client")
+            return
         try:
             ended = pb.Ended.FromString(message)
         except DecodeError:
@@ -311,6 +322,8 @@ def _keep_alive(connection: socket.socket) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+    # Probes are not sent while something is unacknowledged.
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STALLED_S * 1000))
 
 
 def _no_magic(found: bytes) -> str:

@@ -171,11 +171,15 @@ class EngineSession:
     def _opened(self, result: OpenFile) -> None:
         self._engine.opened(self._session_id, result.inode.ino)
 
-    async def open(self, ino: Ino) -> OpenFile:
+    async def open(self, ino: Ino, *, again: bool = False) -> OpenFile:
+        """Open. ``again``: the client had it open before, so that it may be one that has no name any more."""
         await self._listing.expect_content(ino)
 
         def rule(tx: Tx) -> OpenFile:
             opened = content.open_file(tx, ino)
+            if not opened.inode.nlink and not again and self._session_id not in self._engine.sessions_holding(ino):
+                # In the trash, or kept for others: whoever opens it by an old name wants what the name stands for now.
+                refuse(E.ENOENT)
             content.sustain(tx, self._session_id, opened.inode)
             return opened
 

@@ -170,8 +170,8 @@ class Connection:
         session.receive(message)
         if message.goodbye:
             self._ended.set_result(True)
-        elif not message.requests:
-            # A sign of life, answered by one: an empty message.
+        elif not message.requests and (not self._out or self._out[-1]):
+            # A sign of life, answered by one: an empty message. One that waits is enough.
             self.send(b"")
 
     def _parsed(self, data: bytes) -> pb.FromClient:

@@ -271,7 +271,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "setxattr": Operation(lambda s, m, c: s.setxattr(c, _ino(m.ino), m.name, m.value, flags=m.flags), _nothing),
     "removexattr": Operation(lambda s, m, c: s.removexattr(c, _ino(m.ino), m.name), _nothing),
     "statfs": Operation(lambda s, m, c: s.statfs(_ino(m.ino)), _put_statfs),
-    "open": Operation(lambda s, m, c: s.open(_ino(m.ino)), _put_opened),
+    "open": Operation(lambda s, m, c: s.open(_ino(m.ino), again=m.again), _put_opened),
     "create": Operation(_create, _put_opened, directories=_IN),
     "release": Operation(lambda s, m, c: s.release(_ino(m.ino)), _nothing),
     "read_map": Operation(_read_map, _put_map),

@@ -141,7 +141,18 @@ class Service:
             return
         frames.greet()
         frames.max_bytes = MAX_REQUEST_BYTES
-        await method(opening, frames)
+        if opening.method == pb.Opening.SESSION:
+            await method(opening, frames)
+            return
+        work = asyncio.ensure_future(method(opening, frames))
+        waited: set[asyncio.Future[Any]] = {work, frames.closed}
+        try:
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            await (work if work.done() else frames.closed)
+        finally:
+            # Whoever asked is gone, or this ends: a check, for one, must not go on holding back changes.
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
 
     def _unary(
         self, request: type[Message], answer: Callable[[Any, pb.Opening], Awaitable[Message]]
@@ -222,10 +233,16 @@ async def _request(kind: type[_Message], frames: Frames) -> _Message:
             data = await frames.read()
     except TimeoutError:
         raise Silent(f"said nothing for {OPENING_S:.0f} s") from None
+    # From here on it is noticed when the client goes.
+    frames.deliver(_one_request)
     try:
         return kind.FromString(data)
     except DecodeError:
         raise Misbehaved("the request is damaged") from None
+
+
+def _one_request(_: bytes) -> None:
+    raise Misbehaved("a second request on a connection for one")
 
 
 def check_name(text: str) -> None:

@@ -54,10 +54,13 @@ def test_what_one_mount_closed_another_opens(tmp_path: Path) -> None:
         assert len(status["sessions"]) == 1, "the command's own"
 
 
-def test_what_one_mount_replaces_or_removes_another_opens_under_its_name_or_misses(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trash_days", ["0", "1"])
+def test_what_one_mount_replaces_or_removes_another_opens_under_its_name_or_misses(
+    tmp_path: Path, trash_days: str
+) -> None:
     with (
         service(tmp_path) as running,
-        mounted_from(running, tmp_path, "--bucket", directory_bucket(tmp_path), "--trash-days", "0") as one,
+        mounted_from(running, tmp_path, "--bucket", directory_bucket(tmp_path), "--trash-days", trash_days) as one,
         also_mounted(one, tmp_path) as other,
     ):
         directory = one.path / "d"
@@ -75,6 +78,39 @@ def test_what_one_mount_replaces_or_removes_another_opens_under_its_name_or_miss
         (directory / "f3").unlink()
         with pytest.raises(FileNotFoundError):
             (other.path / "d" / "f3").read_bytes()
+
+
+@pytest.mark.parametrize("how", ["listed", "looked up", "neighbours", "read before"])
+def test_what_open_finds_is_as_long_as_it_was_when_another_closed_it(tmp_path: Path, how: str) -> None:
+    with (
+        service(tmp_path) as running,
+        mounted_from(running, tmp_path, "--bucket", directory_bucket(tmp_path)) as one,
+        also_mounted(one, tmp_path) as other,
+    ):
+        directory, seen = one.path / "d", other.path / "d"
+        directory.mkdir()
+        names = [f"f{number:03}" for number in range(40)]
+        for name in names:
+            (directory / name).write_bytes(b"")
+        for round_ in range(1, 4):
+            time.sleep(1.3)  # until the kernel of the other knows nothing
+            if how == "listed":
+                assert len([entry.stat() for entry in os.scandir(seen)]) == len(names)
+            elif how == "looked up":
+                assert len([(seen / name).stat() for name in names]) == len(names)
+            elif how == "neighbours":
+                assert len([(seen / name).stat() for name in names[:6]]) == 6
+            else:
+                assert len([(seen / name).read_bytes() for name in names]) == len(names)
+            content = os.urandom(1000 * round_)
+            for name in names[-20:]:
+                (directory / name).write_bytes(content)
+                descriptor = os.open(seen / name, os.O_RDONLY)
+                try:
+                    assert os.read(descriptor, 10_000) == content
+                    assert os.fstat(descriptor).st_size == len(content)
+                finally:
+                    os.close(descriptor)
 
 
 def test_commands_work_at_the_address_and_under_the_mount(tmp_path: Path) -> None:

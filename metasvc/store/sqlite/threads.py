@@ -63,7 +63,8 @@ class ConnectionThreads(Generic[C]):
     @property
     def may_call_here(self) -> bool:
         """Return whether `call_here` can run something now: there is one thread at most, it is connected, and nothing waits."""
-        return self._lent is not None and not self._waiting and not self._closed
+        # The queue may hold calls that nobody waits for any more.
+        return self._lent is not None and not self._waiting and self._queue.empty() and not self._closed
 
     def call_here(self, function: Callable[[C, *Ts], T], *args: *Ts) -> T:
         """Run ``function(connection, *args)`` on the caller's thread, without deadline. Requires `may_call_here`. StoreError.
@@ -141,7 +142,7 @@ class ConnectionThreads(Generic[C]):
     def _run(self) -> None:
         connection: C | None = None
         while True:
-            if self._limit == 1:
+            if self._limit == 1 and connection is not None:
                 self._lent = connection
             loop, future, function, args = self._queue.get()
             if self._limit == 1:

@@ -141,6 +141,15 @@ def test_neighbours_are_forgotten(event: str) -> None:
     assert recent.name(PARENT, name) is None
 
 
+def test_a_name_is_answered_once() -> None:
+    clock = Clock()
+    recent = Recent(now_s=clock)
+    look_up(recent, clock, range(IN_A_ROW + 1), size=900)
+    name = b"%06d" % (IN_A_ROW + 2)
+    assert recent.name(PARENT, name) is not None
+    assert recent.name(PARENT, name) is None
+
+
 def test_a_page_that_was_asked_for_before_a_change_is_not_taken() -> None:
     recent = Recent(now_s=Clock())
     wanted = [recent.wanted(PARENT) for _ in range(IN_A_ROW + 1)][-1]
@@ -174,6 +183,12 @@ def test_memory_is_bounded() -> None:
         recent.changed([inode(number + 1)])
     for number in range(10_000):
         recent.wanted(Ino(number))
+    for number in range(200):
+        parent = Ino(number + 100)
+        wanted = [recent.wanted(parent) for _ in range(IN_A_ROW + 1)][-1]
+        found = [Entry(b"%d" % position, inode(position + 1)) for position in range(1000)]
+        recent.page(parent, DirPage(found, end=True), asked=wanted, asked_at=recent.changes)
+    assert sum(len(row.known) for row in recent._rows.values()) <= 18 * 1024
     assert len(recent._directories) <= 64
     assert len(recent._rows) <= 64
 

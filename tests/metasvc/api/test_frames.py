@@ -25,7 +25,7 @@ async def pair(**limits: Any) -> AsyncIterator[tuple[Frames, Frames]]:
     accepted: asyncio.Future[Frames] = loop.create_future()
     server = await loop.create_server(lambda: Frames(max_bytes=LIMIT, on_made=accepted.set_result), "127.0.0.1", 0)
     address = server.sockets[0].getsockname()
-    _, here = await loop.create_connection(lambda: Frames(max_bytes=LIMIT, **limits), *address[:2])
+    _, here = await loop.create_connection(lambda: Frames(max_bytes=LIMIT, is_client=True, **limits), *address[:2])
     there = await accepted
     try:
         yield here, there
@@ -173,6 +173,26 @@ async def test_a_side_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyP
             await there.drain()
         with pytest.raises(Stalled):
             await there.closed
+
+
+async def test_a_side_that_takes_nothing_does_not_keep_a_closed_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire_frames, "STALLED_S", 0.2)
+    async with pair() as (here, there):
+        here.pause()
+        there.greet()
+        while not there.is_congested:
+            there.send(bytes(300_000))
+            await asyncio.sleep(0)
+        there.close()
+        async with asyncio.timeout(20):
+            await there.gone
+
+
+async def test_a_client_cannot_say_that_it_is_ended() -> None:
+    async with pair() as (here, there):
+        here.end(pb.Ended.DONE, "")
+        with pytest.raises(NotOurs):
+            await there.read()
 
 
 async def test_a_side_that_is_slow_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,9 @@ async def connected(service: Served, *, port: int | None = None, timeout_s: floa
     connection = SessionConnection(endpoint, service.name, host="test", pid=1, mountpoint="/test", timeout_s=timeout_s)
     await connection.open(timeout_s=20)
     try:
-        yield Client(connection, RemoteMeta(connection), RemoteAdmin(endpoint, service.name, timeout_s=20))
+        yield Client(
+            connection, RemoteMeta(connection, remembers=True), RemoteAdmin(endpoint, service.name, timeout_s=20)
+        )
     finally:
         await connection.close()
 

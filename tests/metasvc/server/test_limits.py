@@ -314,3 +314,87 @@ async def test_holds_exclude_each_other_and_wait_for_sessions_that_return() -> N
         cancelled.cancel()
         await asyncio.gather(cancelled, return_exceptions=True)
         await client.meta.rmdir(ROOT, ROOT_INO, b"d")
+
+
+async def test_what_was_closed_between_two_sessions_is_open_in_neither() -> None:
+    async with (
+        stored("memory", Path()) as store,
+        served(store, expiry_s=1.5) as service,
+        Cutter(service.port) as cutter,
+        connected(service, port=cutter.port) as client,
+        connected(service) as other,
+    ):
+        inos = [
+            (await client.meta.create(ROOT, ROOT_INO, b"f%d" % n, mode=0o600, exclusive=True)).inode.ino
+            for n in range(3)
+        ]
+        first = client.connection.session_id
+        cutter.open.clear()
+        volume = await service.volume()
+        async with asyncio.timeout(20):
+            while first in volume.sessions:
+                await other.meta.getattr(inos[0])
+                await asyncio.sleep(0.05)
+        await client.meta.release(inos[0])
+        await asyncio.sleep(0.1)
+        writing = asyncio.create_task(client.meta.reserve(inos[1], end=1000))
+        await asyncio.sleep(0.1)
+        cutter.cut()
+        cutter.open.set()
+        await client.meta.release(inos[2])
+        # Asked while no session stood: the file is open again before this is asked.
+        assert await writing >= 1000
+        await agree(service, client)
+        assert client.connection.session_id != first
+        assert dict(client.connection._opens) == {inos[1]: 1}
+
+
+async def test_somebody_else_at_the_address_is_waited_out() -> None:
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 503 Service Unavailable\r\n\r\n")
+        writer.close()
+
+    async with stored("memory", Path()) as store, served(store) as service, connected(service) as client:
+        await service.stop()
+        async with await asyncio.start_server(answer, "127.0.0.1", service.port):
+            asking = asyncio.create_task(client.meta.getattr(ROOT_INO))
+            await asyncio.sleep(0.5)
+            assert not asking.done()
+        await service.start()
+        assert (await asking).is_dir
+
+
+async def test_what_a_client_that_is_gone_had_asked_for_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    began, ended = asyncio.Event(), asyncio.Event()
+
+    async def problems(*_: Any) -> Any:
+        began.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+        yield
+
+    monkeypatch.setattr("metasvc.server.service.problems", problems)
+    async with stored("memory", Path()) as store, served(store) as service, connected(service) as client:
+
+        async def check() -> None:
+            async for _ in client.admin.check(repair=False):
+                pass
+
+        checking = asyncio.create_task(check())
+        await began.wait()
+        checking.cancel()
+        async with asyncio.timeout(20):
+            await ended.wait()
+
+
+async def test_a_name_s_former_inode_in_the_trash_is_not_opened_but_one_that_is_open_is() -> None:
+    async with stored("memory", Path()) as store, served(store) as service, connected(service) as client:
+        made = (await client.meta.create(ROOT, ROOT_INO, b"f", mode=0o600, exclusive=True)).inode.ino
+        async with connected(service) as other:
+            await other.meta.unlink(ROOT, ROOT_INO, b"f")
+            with pytest.raises(FsError) as refusal:
+                await other.meta.open(made)
+            assert refusal.value.errno == errno.ENOENT
+        assert (await client.meta.open(made)).inode.ino == made

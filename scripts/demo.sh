@@ -19,6 +19,8 @@ is_mounted() { grep -qF " $(printf '%s' "$PWD/mnt" | sed 's/ /\\040/g') fuse.ato
 
 heading 'A volume: names in vol/meta.db, bytes in vol/objects'
 if [[ -e vol/meta.db ]]; then echo 'vol is there already'; else shown atoll format ./vol; fi
+# A daemon that was killed leaves a mount that answers nothing.
+if is_mounted && ! stat mnt >/dev/null 2>&1; then shown umount --lazy mnt; fi
 mkdir -p mnt
 if is_mounted; then echo 'mnt is mounted already'; else shown atoll mount ./vol ./mnt; fi
 

@@ -30,7 +30,7 @@ from itertools import islice
 from typing import Final, TypeVar
 
 from chunkstore.buckets import RESERVED_PREFIX, ObjectInfo, check_delete, check_key, check_prefix
-from chunkstore.buckets.probe import probe_store
+from chunkstore.buckets.probe import PROBE_TIMEOUT_S, probe_store
 from chunkstore.errors import (
     BucketDenied,
     BucketFull,
@@ -181,7 +181,8 @@ class DirectoryStore:
 
     async def probe(self) -> None:
         """Prove that objects can be put, read, listed and deleted."""
-        await probe_store(self)
+        prefix = await probe_store(self)
+        await self._run(self._writers, lambda: _remove_empty(f"{self._root}/{prefix}"), key="", timeout_s=PROBE_TIMEOUT_S)
 
     async def close(self) -> None:
         """Wait for running calls and end the threads."""
@@ -436,3 +437,8 @@ def _info(key: str, status: os.stat_result) -> ObjectInfo:
     return ObjectInfo(
         key, status.st_size, status.st_mtime_ns, f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
     )
+
+
+def _remove_empty(directory: str) -> None:
+    with contextlib.suppress(OSError):
+        os.rmdir(directory)

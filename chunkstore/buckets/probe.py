@@ -16,10 +16,10 @@ PROBE_TIMEOUT_S: Final = 5.0
 _PROBE_BYTES: Final = 4096
 
 
-async def probe_store(store: ObjectStore) -> None:
+async def probe_store(store: ObjectStore) -> str:
     """Put, read, read a range of, list and delete an object under a random key; the first error is raised.
 
-    Leaves nothing behind if deleting is allowed. About six requests.
+    Leaves no object behind if deleting is allowed; returns the prefix. About six requests.
     """
     prefix = f"atoll-probe-{secrets.token_hex(8)}/"
     key = f"{prefix}object"
@@ -38,3 +38,4 @@ async def probe_store(store: ObjectStore) -> None:
             await store.delete([key], timeout_s=PROBE_TIMEOUT_S)
         raise
     await store.delete([key], timeout_s=PROBE_TIMEOUT_S)
+    return prefix

@@ -154,6 +154,16 @@ def test_a_directory_that_does_not_exist_is_told_with_the_remedy_by_every_call(t
     assert list(tmp_path.iterdir()) == []
 
 
+def test_probing_leaves_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "bucket").mkdir()
+
+    async def use(store: DirectoryStore) -> None:
+        await store.probe()
+
+    _run(tmp_path / "bucket", use)
+    assert list((tmp_path / "bucket").iterdir()) == []
+
+
 def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
 

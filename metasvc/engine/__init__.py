@@ -2,7 +2,7 @@
 
 Reading order: memory, tx (how an operation sees rows); accounts, chunkmap, acl, dentries, content, trash,
 namespace, attributes (the rules); owner, committer, engine (how rules are run); session, listing (MetaClient);
-check, trees, admin (MetaAdmin).
+check, trees, admin (MetaAdmin); packing, audit (what background jobs ask for).
 """
 
 from metasvc.engine.admin import EngineAdmin

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from types import TracebackType
 from typing import Any, Self, cast
@@ -44,6 +44,8 @@ MAX_RUNS = 200
 """Times a rule may ask for more rows; each run of a rule asks for at least one that was missing."""
 DEFAULT_MEMORY_BYTES = 64 * 1024 * 1024
 LOAD_AT_ONCE = 1000
+Changes = Mapping[Table, Mapping[Any, Row | None]]
+"""Of an operation: by table and key the row as it is to be, None if it goes."""
 MAX_UNUSED_IDS = 1 << 20
 """Slice ids that a session may have without committing them: 8 MiB of memory here, at 4 MiB each 4 TiB of files."""
 
@@ -75,6 +77,8 @@ class Engine:
         """Set when the engine has failed; see ``failure``."""
         self.operations_total = 0
         self.restarts_total = 0
+        self.watch: Callable[[Changes, Collection[Ino]], None] | None = None
+        """Told of the changes of each operation, and its new inodes, in the stretch in which they come into force, before."""
         self._opens: dict[Ino, dict[SessionId, int]] = {}
         self._sustained: dict[Ino, set[SessionId]] = {}
         """The sessions for which nameless inodes are kept."""
@@ -244,6 +248,8 @@ class Engine:
                 if record is not None:
                     replies = record(result, tx)
                     changes[REPLIES] = {replies.session_id: replies}
+                if self.watch is not None:
+                    self.watch(changes, tx.fresh)
                 batch = self.committer.add(changes, tx.fresh)
                 for (holder, ino), row in changes.get(SUSTAINED, {}).items():
                     self._note_sustained(holder, ino, is_kept=row is not None)

@@ -17,13 +17,14 @@ Invariants:
 2. A change stays pinned until its batch is durable *and* every load and scan that began before that commit
    ended has ended. So a load that read the store before the commit finds the newer row pinned.
 3. Everything here is synchronous but for fetch() and scan_dir(), which await only the store, and touch the
-   layers only after it has answered.
+   layers only after it has answered. Who scans another table does it within reading().
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 from metasvc.model import Dentry, Inode
@@ -471,9 +472,18 @@ class Rows:
         """Return a row of a resident table, or None."""
         return self._flat[table].young.get(key)
 
-    def pinned_in_range(self, table: Table) -> dict[Any, Row | None]:
-        """Return pinned changes of a table, to lay them over a scan that ended just now."""
-        return {key: entry[0] for key, entry in self._pinned[table].items()}
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Keep pinned, until the block ends, what a scan of the store that begins in the block might miss."""
+        read = self._begin_read()
+        try:
+            yield
+        finally:
+            self._end_read(read)
+
+    def pinned_in_range(self, table: Table, *, after: Any, last: Any) -> dict[Any, Row | None]:
+        """Return pinned changes with ``after`` < key <= ``last``, to lay them over a scan; call within reading()."""
+        return {key: entry[0] for key, entry in self._pinned[table].items() if after < key <= last}
 
 
 ABSENT: Final = _ABSENT

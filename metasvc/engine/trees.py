@@ -160,14 +160,17 @@ def _clone_top(tx: Tx, caller: Caller, source: Ino, name: bytes) -> tuple[TrashI
 
 def _clone_entries(tx: Tx, directory: Ino, entries: list[tuple[Dentry, Inode]]) -> list[tuple[Ino, Inode]]:
     tx.require(
-        [(INODE, dentry.ino) for dentry, _ in entries],
+        [
+            *((INODE, dentry.ino) for dentry, _ in entries),
+            *((DENTRY, (directory, dentry.name)) for dentry, _ in entries),
+        ],
         [(table, dentry.ino) for dentry, _ in entries for table in (XATTR, CHUNK)],
     )
     made = []
     for dentry, _ in entries:
         source: Inode | None = tx.get(INODE, dentry.ino)
-        if source is None:
-            continue  # removed since the page was read
+        if source is None or tx.dentry(directory, dentry.name) is not None:
+            continue  # removed since the page was read; or the directory was moved, and met before
         copy = _copy_inode(tx, source, directory)
         parent = tx.inode(directory)
         add_name(tx, parent, dentry.name, copy)
@@ -254,11 +257,12 @@ async def count_for_quota(engine: Engine, ino: Ino) -> Usage:
 
 
 def set_quota(tx: Tx, ino: Ino, max_bytes: int | None, max_inodes: int | None, used: Usage | None) -> None:
-    """Put a quota row: new with what is used, or with other limits."""
+    """Put a quota row: new with what is used, or with other limits. ENOENT (the quota was removed at this moment)."""
     tx.directory(ino)
     have = tx.quota(ino)
     if have is None:
-        assert used is not None
+        if used is None:
+            refuse(E.ENOENT, "the quota was removed at this moment")
         have = Quota(ino, 0, 0, used.space_bytes, used.files + used.directories)
     tx.put(
         QUOTA,

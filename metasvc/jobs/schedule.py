@@ -17,6 +17,8 @@ from chunkstore.errors import AtollError, ObjectMissing
 from chunkstore.slices import ChunkStore
 from metasvc.api import MetaClient
 from metasvc.api.admin import MetaAdmin
+from metasvc.engine.audit import audit
+from metasvc.engine.engine import Engine
 from metasvc.engine.packing import Packing
 from metasvc.jobs.collecting import DeleteSlices, collect_garbage, expire_trash
 from metasvc.jobs.compaction import compact
@@ -46,6 +48,11 @@ class JobRates:
     """Rest after each pack: at most 20 MiB/s, 5,000 files of 4 KiB."""
     compaction_pause_s: float = 0.5
     """Rest after each chunk: at most 128 MiB/s of reading and writing, in practice far less."""
+    counters_first_s: float = 300.0
+    """After the volume was opened; then every ``counters_s``."""
+    counters_s: float = 86400.0
+    counters_pause_s: float = 0.1
+    """Rest after each page of 1,000 inodes: less than 10,000 a second, 3 % of a CPU (0.4 ms of the loop for each page)."""
 
 
 @dataclass(slots=True)
@@ -55,7 +62,7 @@ class JobState:
     runs: int = 0
     failures: int = 0
     done: int = 0
-    """Objects deleted, entries of the trash removed, chunks compacted."""
+    """Objects deleted, entries of the trash removed, chunks compacted, counters repaired."""
     last_error: str = ""
 
 
@@ -73,6 +80,8 @@ class Jobs:
     rates: JobRates = field(default_factory=JobRates)
     packing: Packing | None = None
     """If small slices are to be gathered."""
+    audited: Engine | None = None
+    """If the counters of this engine are to be compared with its inodes."""
     states: dict[str, JobState] = field(default_factory=dict)
 
     async def run(self) -> None:
@@ -88,11 +97,17 @@ class Jobs:
         async with asyncio.TaskGroup() as tasks:
             for name, work, rest_s in jobs:
                 tasks.create_task(self._repeat(name, work, rest_s), name=f"job {name}")
+            if self.audited is not None:
+                first_s = rates.counters_first_s
+                repeating = self._repeat("counters", self.audit, rates.counters_s, first_s=first_s)
+                tasks.create_task(repeating, name="job counters")
 
-    async def _repeat(self, name: str, work: Callable[[], Awaitable[int]], rest_s: float) -> None:
+    async def _repeat(
+        self, name: str, work: Callable[[], Awaitable[int]], rest_s: float, *, first_s: float | None = None
+    ) -> None:
         state = self.states[name] = JobState()
+        await asyncio.sleep(rest_s if first_s is None else first_s)
         while True:
-            await asyncio.sleep(rest_s)
             try:
                 state.done += await work()
                 state.last_error = ""
@@ -104,6 +119,7 @@ class Jobs:
                 self.log.exception("a job failed unexpectedly and is tried again", job=name)
                 await self._failed(state, error)
             state.runs += 1
+            await asyncio.sleep(rest_s)
 
     async def _failed(self, state: JobState, error: Exception) -> None:
         state.failures += 1
@@ -180,3 +196,18 @@ class Jobs:
         if moved:
             self.log.info("packs packed again", refs=moved)
         return moved
+
+    async def audit(self) -> int:
+        """Compare the counters with the inodes; how many were wrong, and were repaired."""
+        assert self.audited is not None
+        found = await audit(self.audited, pause_s=self.rates.counters_pause_s)
+        for wrong in found.differences:
+            self.log.error(
+                "a counter was wrong and is repaired: please report this",
+                counter=wrong.counter,
+                quota=wrong.quota,
+                found=wrong.found,
+                expected=wrong.expected,
+            )
+        self.log.info("counters compared", inodes=found.inodes, quotas=found.quotas, wrong=len(found.differences))
+        return len(found.differences)

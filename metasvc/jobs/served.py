@@ -78,7 +78,8 @@ class ServedJobs:
                 yield meta, chunks
 
         log = self._log.bind(volume=volume.name)
-        jobs = Jobs(volume.admin, lambda: volume.format, delete, writing, log, self._rates, Packing(volume.engine))
+        engine = volume.engine
+        jobs = Jobs(volume.admin, lambda: volume.format, delete, writing, log, self._rates, Packing(engine), engine)
         volume.jobs = lambda: jobs.states
         try:
             await jobs.run()

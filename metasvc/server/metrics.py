@@ -109,7 +109,7 @@ class _Volumes(Collector):
             "atoll_meta_loads": "Trips to the store for rows that were not in memory.",
             "atoll_meta_jobs_runs": "Times that a background job looked for work, by job.",
             "atoll_meta_jobs_failures": "Times that a background job failed, by job.",
-            "atoll_meta_jobs_done": "Objects deleted, entries of the trash removed, chunks compacted or files moved, by job.",
+            "atoll_meta_jobs_done": "Objects or trash deleted, chunks compacted, files moved or counters repaired, by job.",
         }
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {
             name: GaugeMetricFamily(name, text, labels=["volume"]) for name, text in gauges.items()

@@ -91,7 +91,10 @@ class VolumeStore(Protocol):
         ...
 
     async def scan(self, table: Table, *, after: Key | None, limit: int) -> list[Row]:
-        """Return rows of a table with key > after in order of the key. For walks of fsck, gc, dump, trash."""
+        """Return rows of a table with key > after in order of the key; fewer than ``limit`` only at the end.
+
+        For walks of fsck, gc, dump, trash, the audit of counters.
+        """
         ...
 
     async def put_format(self, ownership: Ownership, volume_format: VolumeFormat) -> None:

@@ -276,3 +276,19 @@ async def test_commits_that_fail_or_only_seem_to_are_applied_once(seed: int, mon
             await walker.step()
         await compare(volume, reference.root, ROOT_INO)
         faults.chances()
+
+
+async def test_a_clone_of_a_tree_in_which_a_directory_moves_names_nothing_twice() -> None:
+    faults = Faults()
+    async with opened(await format_volume(FaultyStore(MemoryStore(), faults))) as volume:
+        meta = volume.meta
+        source = await meta.mkdir(ROOT, ROOT_INO, b"source", mode=0o755)
+        moved = await meta.mkdir(ROOT, source.ino, b"moved", mode=0o755)
+        await meta.mkdir(ROOT, moved.ino, b"below", mode=0o755)
+        other = await meta.mkdir(ROOT, source.ino, b"other", mode=0o755)
+        second_directory = faults.hold("scan_dir", nth=2)
+        cloning = asyncio.create_task(volume.admin.clone(ROOT, source.ino, ROOT_INO, b"clone"))
+        await second_directory.reached()
+        await meta.rename(ROOT, source.ino, b"moved", other.ino, b"moved", flags=RenameFlags.NONE)
+        second_directory.release()
+        await cloning

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import structlog
+import structlog.testing
 
 from chunkstore.geometry import KIB
+from metasvc.engine.accounts import USED_BYTES
 from metasvc.jobs.schedule import JobRates
 from metasvc.jobs.served import ServedJobs
 from metasvc.model import ROOT_INO
@@ -92,3 +94,21 @@ async def test_jobs_without_a_bucket_say_so_and_clients_go_on(tmp_path: Path, mo
         await vfs.mkdir(ROOT, ROOT_INO, b"works", mode=0o755)
         (tmp_path / "away").rename(place.bucket)
         await place.until_objects(0)
+
+
+async def test_a_counter_that_is_wrong_is_repaired_and_said(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    rates = JobRates(garbage_s=3600, trash_s=3600, counters_first_s=0.05, counters_s=0.05, counters_pause_s=0)
+    async with place.served(rates) as service, place.mounted(service, "one") as vfs:
+        await write(vfs, b"file", os.urandom(100 * KIB))
+        volume = await service.volume()
+        with structlog.testing.capture_logs() as logs:
+            await volume.engine.run(lambda tx: tx.count(USED_BYTES, 12345))
+            async with asyncio.timeout(30):
+                while not volume.jobs()["counters"].done:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+        [said] = [entry for entry in logs if entry["log_level"] == "error"]
+        assert (said["counter"], said["found"], said["expected"]) == (USED_BYTES, 100 * KIB + 12345, 100 * KIB)
+        assert volume.engine.counter(USED_BYTES) == 100 * KIB
+        async with connected(service) as client:
+            assert (await client.admin.status()).counters["job_counters_done_total"] == 1

@@ -182,7 +182,9 @@ class DirectoryStore:
     async def probe(self) -> None:
         """Prove that objects can be put, read, listed and deleted."""
         prefix = await probe_store(self)
-        await self._run(self._writers, lambda: _remove_empty(f"{self._root}/{prefix}"), key="", timeout_s=PROBE_TIMEOUT_S)
+        await self._run(
+            self._writers, lambda: _remove_empty(f"{self._root}/{prefix}"), key="", timeout_s=PROBE_TIMEOUT_S
+        )
 
     async def close(self) -> None:
         """Wait for running calls and end the threads."""

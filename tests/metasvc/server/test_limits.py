@@ -12,7 +12,7 @@ import pytest
 from chunkstore.errors import AtollError
 from chunkstore.geometry import SliceId
 from client.meta.connection import SENT_WINDOW
-from client.meta.endpoint import ServiceUnavailable
+from client.meta.endpoint import Endpoint, ServiceUnavailable
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api.frames import EndedByService
 from metasvc.errors import FsError
@@ -22,6 +22,7 @@ from metasvc.model import (
     Garbage,
     Ino,
     SessionId,
+    SetAttr,
     SliceKind,
     SliceRange,
     SliceRef,
@@ -398,3 +399,28 @@ async def test_a_name_s_former_inode_in_the_trash_is_not_opened_but_one_that_is_
                 await other.meta.open(made)
             assert refusal.value.errno == errno.ENOENT
         assert (await client.meta.open(made)).inode.ino == made
+
+
+async def test_a_change_that_nobody_waits_for_any_more_leaves_nothing_known() -> None:
+    async with stored("memory", Path()) as store, served(store) as service, connected(service) as client:
+        directory = (await client.meta.mkdir(ROOT, ROOT_INO, b"d", mode=0o755)).ino
+        await client.meta.mknod(ROOT, directory, b"f", mode=0o100644)
+        volume = await service.volume()
+        async with volume.engine.changes_held():
+            before = await client.meta.getattr(directory)
+            changing = asyncio.create_task(client.meta.setattr(ROOT, directory, SetAttr(mode=0o700)))
+            await asyncio.sleep(0.01)
+            changing.cancel()
+            await asyncio.gather(changing, return_exceptions=True)
+        async with asyncio.timeout(20):
+            # Applied all the same: what was remembered of the directory would say otherwise for a moment.
+            while client.connection._pending:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        assert before.mode & 0o777 == 0o755
+        assert (await client.meta.getattr(directory)).mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 300, "192.0.2.1.example.invalid"])
+async def test_a_host_that_cannot_be_one_is_told_as_any_that_is_not_there(host: str) -> None:
+    with pytest.raises(ServiceUnavailable):
+        await Endpoint(host, 1, "token").ask(pb.Opening.LIST_VOLUMES, b"")

@@ -71,14 +71,13 @@ class Workload:
         with self.writers.working(self.seed):
             arguments = (self.volume.path / "read", self.sums, str(self.seed), self.read_log, self.writers.stop_file)
             command = [sys.executable, reader.__file__, *(str(argument) for argument in arguments)]
-            with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            with self.reader_errors.open("w") as errors, subprocess.Popen(command, stderr=errors) as process:
                 try:
                     self.wait_for_progress(steps=20, reads=3)
                     yield
                     self.wait_for_progress(steps=20, reads=3)
                     self.writers.stop()
-                    _, message = process.communicate(timeout=DEADLINE_S)
-                    assert process.returncode == 0, message
+                    assert process.wait(timeout=DEADLINE_S) == 0, self.reader_errors.read_text()
                 finally:
                     process.kill()
         self.writers.settle()
@@ -87,6 +86,11 @@ class Workload:
     def read_log(self) -> Path:
         """Return the file that has a line for each file read in this round."""
         return self.outside / f"round{self.writers.round}-reader.log"
+
+    @property
+    def reader_errors(self) -> Path:
+        """Return the file that has what the reader of this round said before it ended with an error."""
+        return self.outside / f"round{self.writers.round}-reader.errors"
 
     def reads(self) -> int:
         """Return how many files were read in this round."""
@@ -99,6 +103,8 @@ class Workload:
         while self.writers.steps() < steps_before + steps or self.reads() < reads_before + reads:
             messages = [log.message for log in self.writers.logs() if log.errno is not None]
             assert not messages, messages
+            message = self.reader_errors.read_text()
+            assert not message, message
             assert time.monotonic() < deadline, (
                 f"in {DEADLINE_S} s {self.writers.steps() - steps_before} steps and {self.reads() - reads_before} reads"
             )

@@ -256,6 +256,13 @@ class SliceReader:
             self._cache.read_ahead(info.slice_id, base + piece.start, base + piece.end)
         return end
 
+    async def settled(self, info: SliceInfo, start: int, end: int) -> None:
+        """Wait until no fetch of these blocks is under way; what became of them is for those who read."""
+        for piece in blocks_of_range(start, end, self._block_bytes):
+            fetch = self._fetches.get((info.slice_id, piece.block_index))
+            if fetch is not None:
+                await asyncio.shield(fetch.settled)
+
     def _prefetch_block(self, info: SliceInfo, block_index: int, *, of_memory: float) -> bool:
         """Start fetching a block unless that is needless; False where there is no room for it."""
         key = info.slice_id, block_index

@@ -195,6 +195,10 @@ class RemoteMeta:
     async def read_map(self, ino: Ino, *, start: int, end: int) -> FileMap:
         return wire.map_of((await self._call("read_map", pb.ReadMap(ino=ino, start=start, end=end))).map)
 
+    async def read_maps(self, inos: Sequence[Ino]) -> dict[Ino, FileMap]:
+        reply = await self._call("read_maps", pb.ReadMaps(inos=inos))
+        return {Ino(each.ino): wire.map_of(each.map) for each in reply.maps}
+
     async def allocate_slices(self, count: int) -> range:
         reply = await self._call("allocate_slices", pb.AllocateSlices(count=count))
         return range(reply.first, reply.first + reply.count)

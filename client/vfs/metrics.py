@@ -45,6 +45,9 @@ class VfsMetrics:
         self.written_bytes = 0
         self.flush_failures = 0
         self.lost_bytes = 0
+        self.neighbour_fetched_bytes = 0
+        self.neighbour_read_bytes = 0
+        self.neighbour_unread_bytes = 0
 
     def operation(self, name: str) -> OperationMetrics:
         """Return the counters of an operation, by the name that FUSE gives it (`READ`); made at first use."""
@@ -77,6 +80,12 @@ class VfsMetrics:
             "written_bytes_total": ("Bytes taken from writers.", self.written_bytes),
             "flush_failures_total": ("Flushes of a file that failed; its data are kept.", self.flush_failures),
             "lost_bytes_total": ("Written bytes that were lost because their session had ended.", self.lost_bytes),
+            "neighbour_fetched_bytes_total": (
+                "Bytes of small files fetched because others of their directory were read.",
+                self.neighbour_fetched_bytes,
+            ),
+            "neighbour_read_bytes_total": ("Those of them that were read then.", self.neighbour_read_bytes),
+            "neighbour_unread_bytes_total": ("Those that were not read in time.", self.neighbour_unread_bytes),
         }
         for name, (text, value) in counters.items():
             lines += [f"# HELP atoll_{name} {text}", f"# TYPE atoll_{name} counter", f"atoll_{name} {value}"]

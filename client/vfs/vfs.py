@@ -34,6 +34,7 @@ from client.vfs.files import OpenFiles
 from client.vfs.flushing import Flusher
 from client.vfs.invalidation import Invalidations
 from client.vfs.metrics import VfsMetrics
+from client.vfs.neighbours import Neighbours
 from client.vfs.options import VfsOptions
 from client.vfs.reading import FileReader, ReadAhead
 from client.vfs.slice_ids import SliceIds
@@ -147,6 +148,9 @@ class Vfs:
         self._files = OpenFiles(around, log=log)
         self._flusher.after_flush = self._files.settle
         self._reader = FileReader(meta, chunks)
+        self._neighbours = (
+            Neighbours(meta, chunks, self._clock, self.metrics) if self.options.readahead_max_bytes else None
+        )
         self._handles: dict[int, _FileHandle] = {}
         self._virtual_handles: dict[int, bytes | AccessLogReader] = {}
         self._directories: dict[int, _DirectoryHandle] = {}
@@ -170,6 +174,8 @@ class Vfs:
     ) -> None:
         """Flush, then stop the background work. Data that could not be made durable are logged, file by file."""
         assert self._background is not None, "the vfs was entered"
+        if self._neighbours is not None:
+            await self._neighbours.close()
         try:
             for ino in await self.flush_all(timeout_s=self.options.shutdown_flush_s):
                 self._log.error("data written to this file are lost: they could not be made durable", inode=ino)
@@ -497,11 +503,15 @@ class Vfs:
             handle.read_ahead.stopped(self._reader.prefetch(file, *advice))
         data = self._reader.try_read(file, offset, end)
         if data is None:
+            if not offset and self._neighbours is not None:
+                self._neighbours.missed(file)
             try:
                 data = await self._reader.read(file, offset, end)
             except AtollError as error:
                 self._log.error("read failed", inode=file.inode.ino, offset=offset, code=error.code, error=str(error))
                 raise
+        elif not offset and self._neighbours is not None:
+            self._neighbours.read_at_once(file)
         self.metrics.read_bytes += len(data)
         return data
 

@@ -178,6 +178,14 @@ class MetaClient(Protocol):
         """Return the chunk map of at least [start, min(end, start + 1 GiB)), both rounded to chunks."""
         ...
 
+    async def read_maps(self, inos: Sequence[Ino]) -> dict[Ino, FileMap]:
+        """Return the chunk maps of many small files in one trip, at most ``READ_MAPS_MAX``: of each its first chunk.
+
+        What is no regular file, or no more, is left out, and so is what lies in more than 64 pieces or comes with more
+        than 64 KiB of digests and inline bytes.
+        """
+        ...
+
     async def allocate_slices(self, count: int) -> range:
         """Reserve slice ids for this session; never handed out again."""
         ...

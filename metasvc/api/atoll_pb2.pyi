@@ -341,6 +341,7 @@ class Request(_message.Message):
     COMMIT_FIELD_NUMBER: _builtins.int
     PUNCH_FIELD_NUMBER: _builtins.int
     COPY_RANGE_FIELD_NUMBER: _builtins.int
+    READ_MAPS_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """1, 2, 3 … in a session. Repeated on a new connection it is the same request again, and is applied once."""
     @_builtins.property
@@ -395,6 +396,8 @@ class Request(_message.Message):
     def punch(self) -> Global___Punch: ...
     @_builtins.property
     def copy_range(self) -> Global___CopyRange: ...
+    @_builtins.property
+    def read_maps(self) -> Global___ReadMaps: ...
     def __init__(
         self,
         *,
@@ -425,12 +428,13 @@ class Request(_message.Message):
         commit: Global___Commit | None = ...,
         punch: Global___Punch | None = ...,
         copy_range: Global___CopyRange | None = ...,
+        read_maps: Global___ReadMaps | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["allocate_slices", b"allocate_slices", "commit", b"commit", "copy_range", b"copy_range", "create", b"create", "getattr", b"getattr", "getxattr", b"getxattr", "link", b"link", "listxattr", b"listxattr", "lookup", b"lookup", "mknod", b"mknod", "open", b"open", "operation", b"operation", "punch", b"punch", "read_map", b"read_map", "readdir", b"readdir", "readlink", b"readlink", "release", b"release", "removexattr", b"removexattr", "rename", b"rename", "reserve", b"reserve", "resolve", b"resolve", "rmdir", b"rmdir", "setattr", b"setattr", "setxattr", b"setxattr", "statfs", b"statfs", "symlink", b"symlink", "unlink", b"unlink"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allocate_slices", b"allocate_slices", "commit", b"commit", "copy_range", b"copy_range", "create", b"create", "getattr", b"getattr", "getxattr", b"getxattr", "link", b"link", "listxattr", b"listxattr", "lookup", b"lookup", "mknod", b"mknod", "open", b"open", "operation", b"operation", "punch", b"punch", "read_map", b"read_map", "read_maps", b"read_maps", "readdir", b"readdir", "readlink", b"readlink", "release", b"release", "removexattr", b"removexattr", "rename", b"rename", "reserve", b"reserve", "resolve", b"resolve", "rmdir", b"rmdir", "setattr", b"setattr", "setxattr", b"setxattr", "statfs", b"statfs", "symlink", b"symlink", "unlink", b"unlink"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate_slices", b"allocate_slices", "commit", b"commit", "copy_range", b"copy_range", "create", b"create", "getattr", b"getattr", "getxattr", b"getxattr", "link", b"link", "listxattr", b"listxattr", "lookup", b"lookup", "mknod", b"mknod", "number", b"number", "open", b"open", "operation", b"operation", "punch", b"punch", "read_map", b"read_map", "readdir", b"readdir", "readlink", b"readlink", "release", b"release", "removexattr", b"removexattr", "rename", b"rename", "reserve", b"reserve", "resolve", b"resolve", "rmdir", b"rmdir", "setattr", b"setattr", "setxattr", b"setxattr", "statfs", b"statfs", "symlink", b"symlink", "unlink", b"unlink"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate_slices", b"allocate_slices", "commit", b"commit", "copy_range", b"copy_range", "create", b"create", "getattr", b"getattr", "getxattr", b"getxattr", "link", b"link", "listxattr", b"listxattr", "lookup", b"lookup", "mknod", b"mknod", "number", b"number", "open", b"open", "operation", b"operation", "punch", b"punch", "read_map", b"read_map", "read_maps", b"read_maps", "readdir", b"readdir", "readlink", b"readlink", "release", b"release", "removexattr", b"removexattr", "rename", b"rename", "reserve", b"reserve", "resolve", b"resolve", "rmdir", b"rmdir", "setattr", b"setattr", "setxattr", b"setxattr", "statfs", b"statfs", "symlink", b"symlink", "unlink", b"unlink"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["lookup", "resolve", "getattr", "readdir", "mknod", "symlink", "readlink", "link", "unlink", "rmdir", "rename", "setattr", "getxattr", "listxattr", "setxattr", "removexattr", "statfs", "open", "create", "release", "read_map", "allocate_slices", "reserve", "commit", "punch", "copy_range"]  # noqa: Y015
+    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["lookup", "resolve", "getattr", "readdir", "mknod", "symlink", "readlink", "link", "unlink", "rmdir", "rename", "setattr", "getxattr", "listxattr", "setxattr", "removexattr", "statfs", "open", "create", "release", "read_map", "allocate_slices", "reserve", "commit", "punch", "copy_range", "read_maps"]  # noqa: Y015
     _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_operation) -> _WhichOneofReturnType_operation | None: ...
 
@@ -1045,6 +1049,28 @@ class ReadMap(_message.Message):
 Global___ReadMap: _TypeAlias = ReadMap  # noqa: Y015
 
 @_typing.final
+class ReadMaps(_message.Message):
+    """The beginnings of the maps of many small files; what is no file is left out of the reply."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INOS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def inos(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        inos: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inos", b"inos"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadMaps: _TypeAlias = ReadMaps  # noqa: Y015
+
+@_typing.final
 class AllocateSlices(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1208,6 +1234,7 @@ class Reply(_message.Message):
     PROMISED_END_FIELD_NUMBER: _builtins.int
     IS_NEW_FIELD_NUMBER: _builtins.int
     DIRECTORIES_FIELD_NUMBER: _builtins.int
+    MAPS_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     end: _builtins.bool
     value: _builtins.bytes
@@ -1237,6 +1264,10 @@ class Reply(_message.Message):
     def directories(self) -> Global___Inodes:
         """The directories that the request changed, as they are with the change: a kernel asks for them right after it."""
 
+    @_builtins.property
+    def maps(self) -> _containers.RepeatedCompositeFieldContainer[Global___MapOfFile]:
+        """The maps of many files."""
+
     def __init__(
         self,
         *,
@@ -1254,14 +1285,38 @@ class Reply(_message.Message):
         promised_end: _builtins.int = ...,
         is_new: _builtins.bool = ...,
         directories: Global___Inodes | None = ...,
+        maps: _abc.Iterable[Global___MapOfFile] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["directories", b"directories", "failure", b"failure", "inodes", b"inodes", "map", b"map", "statfs", b"statfs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "directories", b"directories", "end", b"end", "failure", b"failure", "first", b"first", "inodes", b"inodes", "is_new", b"is_new", "map", b"map", "names", b"names", "number", b"number", "opens", b"opens", "promised_end", b"promised_end", "statfs", b"statfs", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "directories", b"directories", "end", b"end", "failure", b"failure", "first", b"first", "inodes", b"inodes", "is_new", b"is_new", "map", b"map", "maps", b"maps", "names", b"names", "number", b"number", "opens", b"opens", "promised_end", b"promised_end", "statfs", b"statfs", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Reply: _TypeAlias = Reply  # noqa: Y015
+
+@_typing.final
+class MapOfFile(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INO_FIELD_NUMBER: _builtins.int
+    MAP_FIELD_NUMBER: _builtins.int
+    ino: _builtins.int
+    @_builtins.property
+    def map(self) -> Global___FileMap: ...
+    def __init__(
+        self,
+        *,
+        ino: _builtins.int = ...,
+        map: Global___FileMap | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["map", b"map"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ino", b"ino", "map", b"map"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MapOfFile: _TypeAlias = MapOfFile  # noqa: Y015
 
 @_typing.final
 class Failure(_message.Message):

@@ -8,10 +8,11 @@ its slice, and the refs of a file end at or before its length.
 from __future__ import annotations
 
 import errno as E
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Final
 
-from chunkstore.geometry import CHUNK_BYTES, MAX_FILE_BYTES, SliceId
+from chunkstore.geometry import CHUNK_BYTES, KIB, MAX_FILE_BYTES, SliceId
 from metasvc.engine import accounts, chunkmap
 from metasvc.engine.tx import Tx, refuse
 from metasvc.model import (
@@ -37,7 +38,9 @@ from metasvc.model import (
 )
 from metasvc.store.tables import CHUNK, GARBAGE, INODE, PACKABLE, SLICE, SUSTAINED, XATTR
 
-SETID_BITS = 0o6000
+SETID_BITS: Final = 0o6000
+_FEW_PIECES: Final = 64
+_FEW_BYTES: Final = 64 * KIB
 
 
 # -- maps ---------------------------------------------------------------------------------------------
@@ -54,6 +57,21 @@ def regular(tx: Tx, ino: Ino) -> Inode:
 def read_map(tx: Tx, ino: Ino, start: int, end: int) -> FileMap:
     """Return the chunk map of [start, end), widened to chunks, at most MAP_PAGE_CHUNKS of them."""
     return _map_of(tx, tx.inode(ino), start, end)
+
+
+def read_maps(tx: Tx, inos: Sequence[Ino]) -> dict[Ino, FileMap]:
+    """Return the first chunk of each of these files that is there and has few pieces, which come with few bytes."""
+    tx.require([(INODE, ino) for ino in inos])
+    found = [tx.get(INODE, ino) for ino in inos]
+    files: list[Inode] = [inode for inode in found if inode is not None and inode.is_file]
+    tx.require([(CHUNK, (inode.ino, 0)) for inode in files])
+    pieces = {inode.ino: get_chunk(tx, inode.ino, 0) for inode in files}
+    few = [inode for inode in files if len(pieces[inode.ino]) <= _FEW_PIECES]
+    tx.require([(SLICE, ref.slice_id) for inode in few for ref in pieces[inode.ino]])
+    maps = {inode.ino: _map_of(tx, inode, 0, CHUNK_BYTES) for inode in few}
+    return {
+        ino: found for ino, found in maps.items() if sum(len(row.data) for row in found.slices.values()) <= _FEW_BYTES
+    }
 
 
 def open_file(tx: Tx, ino: Ino) -> OpenFile:

@@ -212,6 +212,10 @@ class EngineSession:
         answer: FileMap = await self._run(content.read_map, ino, start, end)
         return answer
 
+    async def read_maps(self, inos: Sequence[Ino]) -> dict[Ino, FileMap]:
+        answer: dict[Ino, FileMap] = await self._run(content.read_maps, tuple(inos))
+        return answer
+
     async def allocate_slices(self, count: int) -> range:
         return await self._engine.allocate_slices(self._session_id, count)
 

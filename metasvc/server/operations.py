@@ -19,6 +19,7 @@ from metasvc.engine.session import EngineSession
 from metasvc.errors import FsError
 from metasvc.model import (
     PATH_MAX_BYTES,
+    READ_MAPS_MAX,
     Caller,
     Commit,
     FileMap,
@@ -152,6 +153,11 @@ def _put_map(found: Any, into: pb.Reply) -> None:
     wire.put_map(found, into.map)
 
 
+def _put_maps(found: Any, into: pb.Reply) -> None:
+    for ino, each in found.items():
+        wire.put_map(each, into.maps.add(ino=ino).map)
+
+
 def _put_without_map(answer: OpenFile, into: pb.Reply) -> None:
     """Write an open file whose map the client has to read: it may be megabytes, and all kept replies are one row."""
     nothing = FileMap(answer.map.map_version, [], {}, 0, 0)
@@ -247,6 +253,12 @@ async def _read_map(session: EngineSession, message: pb.ReadMap, _: Caller) -> A
     return await session.read_map(_ino(message.ino), start=start, end=end)
 
 
+async def _read_maps(session: EngineSession, message: pb.ReadMaps, _: Caller) -> Any:
+    if len(message.inos) > READ_MAPS_MAX:
+        raise _refuse(f"more than {READ_MAPS_MAX} maps at once")
+    return await session.read_maps([_ino(number) for number in message.inos])
+
+
 async def _readdir(session: EngineSession, message: pb.ReadDir, _: Caller) -> Any:
     after = message.after if message.HasField("after") else None
     return await session.readdir(_ino(message.ino), after=after, limit=max(1, min(message.limit, MAX_ENTRIES)))
@@ -275,6 +287,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "create": Operation(_create, _put_opened, directories=_IN),
     "release": Operation(lambda s, m, c: s.release(_ino(m.ino)), _nothing),
     "read_map": Operation(_read_map, _put_map),
+    "read_maps": Operation(_read_maps, _put_maps),
     "allocate_slices": Operation(_allocate, _put_ids),
     "reserve": Operation(_reserve, _put_count),
     "commit": Operation(lambda s, m, c: s.commit(c, _ino(m.ino), _commit(s, m)), _put_inode),

@@ -354,6 +354,9 @@ class Operations(pyfuse3.Operations):
         for cookie, (name, inode) in await self._vfs.readdir(fh, start_id):
             # readdir_reply copies the attributes, so one object serves all.
             if not reply(token, name, attributes(inode, found), cookie):
+                if self._told is not None:
+                    # No room: the kernel was not told.
+                    self._told.pop(inode.ino, None)
                 return
 
     async def releasedir(self, fh: int) -> None:

@@ -40,11 +40,12 @@ class OpenFiles:
         file = self._files.get(ino)
         if file is None:
             file = self._files[ino] = Writing(self.around, opened)
-            is_same = self._versions.pop(ino, -1) == opened.map.map_version
+            file.pages_version = self._versions.pop(ino, -1)
         else:
-            before = file.committed.version
             file.reopened(opened)
-            is_same = file.committed.version == before
+        is_same = file.pages_version == file.committed.version
+        # What is read from now on is of this version, and pages of another one are dropped with the answer.
+        file.pages_version = file.committed.version
         self._opens[ino] = self._opens.get(ino, 0) + 1
         return file, is_same
 
@@ -72,7 +73,8 @@ class OpenFiles:
             if self._files.get(ino) is file:
                 del self._files[ino]
                 self._opens.pop(ino, None)
-                self._remember(ino, file.committed.version)
+                if file.pages_version == file.committed.version:
+                    self._remember(ino, file.committed.version)
         for _ in range(self._owed.pop(ino, 0)):
             try:
                 await self.around.meta.release(ino)
@@ -89,3 +91,6 @@ class OpenFiles:
     def forget_version(self, ino: Ino) -> None:
         """Let the next open of a file drop the pages that a kernel has of it."""
         self._versions.pop(ino, None)
+        file = self._files.get(ino)
+        if file is not None:
+            file.pages_version = -1

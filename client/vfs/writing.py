@@ -90,7 +90,7 @@ class Surroundings:
 class PendingSlice:
     """A slice being written or waiting for commit, with the file ranges that it covers."""
 
-    __slots__ = ("end", "refs", "sealed", "session_id", "since_s", "writer")
+    __slots__ = ("end", "refs", "sealed", "session_id", "since_s", "was_sent", "writer")
 
     def __init__(self, writer: SliceWriter, session_id: SessionId, since_s: float) -> None:
         self.writer = writer
@@ -101,6 +101,8 @@ class PendingSlice:
         """End of own writes: what the length must at least become."""
         self.since_s = since_s
         self.sealed: Sealed | None = None
+        self.was_sent = False
+        """A commit of it was sent: it may be part of the file, whatever became of the answer."""
 
     async def put(self, offset: int, data: Buffer) -> None:
         """Take bytes for a file offset, waiting for room if need be. Cut `data` by `span` before: one call of the writer.
@@ -169,6 +171,7 @@ class Writing:
         "_current",
         "_granted_end",
         "_size_epoch",
+        "_unsure",
         "_with",
         "changing",
         "committed",
@@ -177,6 +180,7 @@ class Writing:
         "losses",
         "mtime_ns",
         "no_capability_until_s",
+        "pages_version",
         "pending",
         "size",
         "sources",
@@ -206,6 +210,10 @@ class Writing:
         self._committed_size = opened.inode.size_bytes
         self._size_epoch = opened.inode.size_epoch
         self._commit: asyncio.Task[None] | None = None
+        self._unsure: tuple[int, tuple[PendingSlice, ...]] | None = None
+        """A truncate whose answer was lost: the length, and what was pending then."""
+        self.pages_version = -1
+        """The version of the map that the pages in a kernel are good for; own changes move it on, those of others do not."""
 
     # -- what applications see -----------------------------------------------------------------------------------------
 
@@ -225,6 +233,18 @@ class Writing:
 
     def shown(self, inode: Inode) -> Inode:
         """Return attributes as applications must see them: with the length and times of unflushed writes."""
+        known = self.inode
+        if (
+            inode.map_version < known.map_version
+            or inode.size_epoch < known.size_epoch
+            or inode.ctime_ns < known.ctime_ns
+        ):
+            # Asked for before something that this file knows already: a page of a directory, a neighbour.
+            inode = inode._replace(
+                size_bytes=known.size_bytes,
+                mtime_ns=known.mtime_ns,
+                ctime_ns=max(inode.ctime_ns, known.ctime_ns),
+            )
         if not self.pending:
             return inode
         mtime_ns = self.mtime_ns
@@ -258,6 +278,9 @@ class Writing:
         if not self.pending:
             self.size = inode.size_bytes
             self.mtime_ns = None
+        else:
+            # It may be longer by what another client has written.
+            self.size = max(inode.size_bytes, *(slice_.end for slice_ in self.pending))
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -354,8 +377,8 @@ class Writing:
         self._remove(lost)
         self.losses += 1
         self.committed.reset(max(inode.map_version, self.committed.version))
+        self.pages_version = -1
         self._take_inode(inode)
-        self.size = max([inode.size_bytes, *(slice_.end for slice_ in self.pending)])
         around.committed()
         around.dirty.lost(self, sum(ref[3] for slice_ in lost for ref in slice_.refs))
         for slice_ in lost:
@@ -371,7 +394,39 @@ class Writing:
             if left_behind is not None:
                 await asyncio.wait([left_behind])
                 left_behind.exception()  # its slices are still pending then, and are tried again
+            if self._unsure is not None:
+                async with self.changing:
+                    empty = await self._make_sure()
+                for slice_ in empty:
+                    await self._give_up(slice_)
             yield
+
+    async def _make_sure(self) -> tuple[PendingSlice, ...]:
+        """Find out whether the truncate was made whose answer was lost: a commit with the epoch of before would be cut off.
+
+        Return the slices of which it left nothing.
+        """
+        assert self._unsure is not None
+        size, before = self._unsure
+        inode = await self._with.meta.getattr(self.inode.ino)
+        self._unsure = None
+        if inode.size_epoch == self._size_epoch:
+            return ()
+        self.committed.reset(inode.map_version)
+        empty = self._cut(tuple(slice_ for slice_ in self.pending if slice_ in before), size)
+        self._take_inode(inode)
+        return empty
+
+    def _cut(self, slices: tuple[PendingSlice, ...], size: int) -> tuple[PendingSlice, ...]:
+        """Cut pending slices off at a length; those of which nothing is left are pending no more, and returned."""
+        for slice_ in slices:
+            overlay.cut(slice_.refs, size, MAX_FILE_BYTES)
+            slice_.end = min(slice_.end, size)
+        empty = tuple(slice_ for slice_ in slices if not slice_.refs)
+        if self._current in empty:
+            self._current = None
+        self._remove(empty)
+        return empty
 
     def _close_current(self) -> tuple[tuple[PendingSlice, ...], int | None]:
         self._current = None
@@ -397,9 +452,12 @@ class Writing:
                     size_epoch=self._size_epoch,
                     mtime_ns=mtime_ns,
                 )
+                for slice_ in batch:
+                    slice_.was_sent = True
                 inode = await around.meta.commit(around.next_caller(), self.inode.ino, change)
                 # No await from here to _remove(): see the invariants.
                 if inode.map_version == self.committed.version + 1 and inode.size_epoch == self._size_epoch:
+                    self._pages_move_on(inode.map_version)
                     self.committed.apply(written, version=inode.map_version)
                 else:
                     self.committed.reset(inode.map_version)
@@ -414,11 +472,17 @@ class Writing:
             if not slice_.refs:
                 await self._give_up(slice_)
 
+    def _pages_move_on(self, version: int) -> None:
+        """Keep the pages of a kernel, which made the same change, good for the version that it made of the map."""
+        if self.pages_version == self.committed.version:
+            self.pages_version = version
+
     async def _give_up(self, slice_: PendingSlice) -> None:
         """Drop a slice that will not be committed."""
         if slice_.sealed is None:
             await slice_.writer.discard()
-        elif slice_.sealed.inline is None:
+        elif slice_.sealed.inline is None and not slice_.was_sent:
+            # One that was sent may be named by a map; if none does, its objects are found by gc.
             try:
                 await self._with.chunks.delete(slice_.sealed.slice_id, slice_.sealed.length)
             except AtollError:
@@ -437,20 +501,20 @@ class Writing:
         size = changes.size_bytes
         assert size is not None
         async with self._flush_turn(), self.changing:
-            inode = await self._with.meta.setattr(caller, self.inode.ino, changes)
+            try:
+                inode = await self._with.meta.setattr(caller, self.inode.ino, changes)
+            except BaseException:
+                self._unsure = size, tuple(self.pending)
+                self._current = None  # later writes are not cut off by it
+                raise
             cut_down = size < self._committed_size
             expected = (self.committed.version + cut_down, self._size_epoch + cut_down)
             if (inode.map_version, inode.size_epoch) == expected:
+                self._pages_move_on(inode.map_version)
                 self.committed.cut_from(size, version=inode.map_version)
             else:
                 self.committed.reset(inode.map_version)
-            for slice_ in self.pending:
-                overlay.cut(slice_.refs, size, MAX_FILE_BYTES)
-                slice_.end = min(slice_.end, size)
-            empty = tuple(slice_ for slice_ in self.pending if not slice_.refs)
-            if self._current in empty:
-                self._current = None
-            self._remove(empty)
+            empty = self._cut(tuple(self.pending), size)
             self.mtime_ns = None
             self._take_inode(inode)
             self.size = size

@@ -51,7 +51,7 @@ def setattr(tx: Tx, caller: Caller, ino: Ino, changes: SetAttr) -> Inode:  # noq
         gid=inode.gid if changes.gid is None else changes.gid,
         atime_ns=atime_ns,
         mtime_ns=mtime_ns,
-        ctime_ns=tx.now_ns,
+        ctime_ns=tx.ctime_ns(inode),
     )
     tx.put(INODE, inode)
     return inode
@@ -111,7 +111,7 @@ def setxattr(tx: Tx, ino: Ino, name: bytes, value: bytes, flags: int) -> None:
             tx.put(XATTR, Xattr(ino, name, acl.pack(entries)))
     else:
         tx.put(XATTR, Xattr(ino, name, value))
-    tx.put(INODE, inode._replace(mode=mode, ctime_ns=tx.now_ns))
+    tx.put(INODE, inode._replace(mode=mode, ctime_ns=tx.ctime_ns(inode)))
 
 
 def removexattr(tx: Tx, ino: Ino, name: bytes) -> None:
@@ -120,4 +120,4 @@ def removexattr(tx: Tx, ino: Ino, name: bytes) -> None:
     if tx.get(XATTR, (ino, name)) is None or name == SYMLINK_TARGET:
         refuse(E.ENODATA)
     tx.delete(XATTR, (ino, name))
-    tx.put(INODE, inode._replace(ctime_ns=tx.now_ns))
+    tx.put(INODE, inode._replace(ctime_ns=tx.ctime_ns(inode)))

@@ -292,7 +292,7 @@ def punch(tx: Tx, caller: Caller, ino: Ino, start: int, end: int) -> OpenFile:
     inode = inode._replace(
         map_version=inode.map_version + 1,
         mtime_ns=tx.now_ns,
-        ctime_ns=tx.now_ns,
+        ctime_ns=tx.ctime_ns(inode),
         mode=without_setid(inode.mode) if caller.uid else inode.mode,
     )
     tx.put(INODE, inode)
@@ -340,7 +340,7 @@ def copy_range(
         size_bytes=size,
         map_version=inode.map_version + 1,
         mtime_ns=tx.now_ns,
-        ctime_ns=tx.now_ns,
+        ctime_ns=tx.ctime_ns(inode),
         mode=without_setid(inode.mode) if caller.uid else inode.mode,
     )
     tx.put(INODE, inode)

@@ -21,7 +21,7 @@ def add_name(tx: Tx, directory: Inode, name: bytes, inode: Inode) -> None:
             nlink=directory.nlink + inode.is_dir,
             child_bytes=directory.child_bytes + space,
             mtime_ns=tx.now_ns,
-            ctime_ns=tx.now_ns,
+            ctime_ns=tx.ctime_ns(directory),
         ),
     )
     accounts.charge_tree(tx, directory.ino, bytes_more=space, inodes_more=1)
@@ -38,7 +38,7 @@ def drop_name(tx: Tx, directory: Inode, name: bytes, inode: Inode) -> None:
             nlink=directory.nlink - inode.is_dir,
             child_bytes=directory.child_bytes - space,
             mtime_ns=tx.now_ns,
-            ctime_ns=tx.now_ns,
+            ctime_ns=tx.ctime_ns(directory),
         ),
     )
     accounts.charge_tree(tx, directory.ino, bytes_more=-space, inodes_more=-1)

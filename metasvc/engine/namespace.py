@@ -171,7 +171,7 @@ def link(tx: Tx, ino: Ino, parent: Ino, name: bytes) -> Inode:
         tx, accounts.quotas_above(tx, parent), bytes_more=inode.space_bytes, inodes_more=1, volume=False
     )
     _link_more(tx, inode, parent)
-    inode = inode._replace(nlink=inode.nlink + 1, parent=Ino(0), ctime_ns=tx.now_ns)
+    inode = inode._replace(nlink=inode.nlink + 1, parent=Ino(0), ctime_ns=tx.ctime_ns(inode))
     tx.put(INODE, inode)
     add_name(tx, tx.inode(parent), name, inode)
     return inode
@@ -236,7 +236,7 @@ def unlink(tx: Tx, caller: Caller, parent: Ino, name: bytes) -> Inode:
 
 def _let_go(tx: Tx, caller: Caller, inode: Inode, parent: Ino, name: bytes) -> Inode:
     """Account for a name that an inode just lost: fewer links, or trash, or removal."""
-    left = _link_less(tx, inode, parent)._replace(ctime_ns=tx.now_ns)
+    left = _link_less(tx, inode, parent)._replace(ctime_ns=tx.ctime_ns(inode))
     if left.nlink:
         tx.put(INODE, left)
     elif tx.around.format.trash_days > 0:
@@ -272,7 +272,7 @@ def rmdir(tx: Tx, caller: Caller, parent: Ino, name: bytes) -> Inode:
 def _let_go_directory(tx: Tx, caller: Caller, inode: Inode, parent: Ino, name: bytes) -> Inode:
     if tx.quota(inode.ino) is not None:
         tx.delete(QUOTA, inode.ino)
-    left = inode._replace(nlink=0, parent=Ino(0), ctime_ns=tx.now_ns)
+    left = inode._replace(nlink=0, parent=Ino(0), ctime_ns=tx.ctime_ns(inode))
     if tx.around.format.trash_days > 0:
         tx.put(INODE, left._replace(parent=IN_TRASH))
         trash.add(tx, caller, left, parent, name)
@@ -371,7 +371,7 @@ def _move(tx: Tx, source: Dentry, new_parent: Ino, new_name: bytes) -> None:
 def _reparent(tx: Tx, inode: Inode, parent: Ino, new_parent: Ino) -> None:
     """Write down that one name of an inode went from a directory to another."""
     if inode.parent:
-        tx.put(INODE, inode._replace(parent=new_parent, ctime_ns=tx.now_ns))
+        tx.put(INODE, inode._replace(parent=new_parent, ctime_ns=tx.ctime_ns(inode)))
         return
     if parent != new_parent:
         have = tx.get(LINK, (inode.ino, parent))
@@ -381,7 +381,7 @@ def _reparent(tx: Tx, inode: Inode, parent: Ino, new_parent: Ino) -> None:
             tx.put(LINK, have._replace(names=have.names - 1))
         there = tx.get(LINK, (inode.ino, new_parent))
         tx.put(LINK, Link(inode.ino, new_parent, (there.names if there else 0) + 1))
-    tx.put(INODE, inode._replace(ctime_ns=tx.now_ns))
+    tx.put(INODE, inode._replace(ctime_ns=tx.ctime_ns(inode)))
 
 
 def _exchange(tx: Tx, first: Dentry, second: Dentry) -> None:

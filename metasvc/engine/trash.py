@@ -86,7 +86,7 @@ def restore(tx: Tx, caller: Caller, trash_id: TrashId) -> Inode:
         volume=False,
     )
     forget(tx, row, inode)
-    inode = inode._replace(nlink=2 if inode.is_dir else 1, parent=row.parent, ctime_ns=tx.now_ns)
+    inode = inode._replace(nlink=2 if inode.is_dir else 1, parent=row.parent, ctime_ns=tx.ctime_ns(inode))
     tx.put(INODE, inode)
     add_name(tx, parent, row.name, inode)
     return inode

@@ -107,6 +107,13 @@ class Tx:
             raise FsError(E.ENOENT)
         return inode
 
+    def ctime_ns(self, inode: Inode) -> int:
+        """Return the time of a change of an inode: now, and never before its last one, whatever clients' clocks made of that.
+
+        Clients tell by it which of two answers is newer.
+        """
+        return max(self.now_ns, inode.ctime_ns)
+
     def directory(self, ino: Ino) -> Inode:
         """Return the inode of a directory. ENOENT, ENOTDIR."""
         inode = self.inode(ino)

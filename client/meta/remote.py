@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from client.meta.connection import SessionConnection
 from client.meta.recent import MAX_PAGE, Recent, just_before
+from client.meta.walking import Walk
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api import wire
 from metasvc.errors import FsError
@@ -44,6 +45,7 @@ class RemoteMeta:
         self._call = connection.call
         self._recent = Recent()
         self._remembers = remembers
+        self._walk = Walk(lambda ino, limit: self._page(ino, after=None, limit=limit), lambda: self._recent.changes)
 
     @property
     def format(self) -> VolumeFormat:
@@ -83,7 +85,7 @@ class RemoteMeta:
         count = recent.wanted(parent)
         if count:
             asked_at = recent.changes
-            page = await self.readdir(parent, after=just_before(name) if count < MAX_PAGE else None, limit=count)
+            page = await self._page(parent, after=just_before(name) if count < MAX_PAGE else None, limit=count)
             recent.page(parent, page, asked=count, asked_at=asked_at)
             for entry in page.entries:
                 if entry.name == name:
@@ -111,6 +113,11 @@ class RemoteMeta:
         return [found.get(ino) for ino in inos]
 
     async def readdir(self, ino: Ino, *, after: bytes | None, limit: int) -> DirPage:
+        if self._remembers and after is None:
+            return await self._walk.first_page(ino, limit)
+        return await self._page(ino, after=after, limit=limit)
+
+    async def _page(self, ino: Ino, *, after: bytes | None, limit: int) -> DirPage:
         return wire.page_of(await self._call("readdir", pb.ReadDir(ino=ino, after=after, limit=limit)))
 
     async def mknod(self, caller: Caller, parent: Ino, name: bytes, *, mode: int, rdev: int = 0) -> Inode:

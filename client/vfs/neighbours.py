@@ -103,7 +103,7 @@ class _Directory:
     def take(self, start: int, room_bytes: int) -> list[Ino]:
         """Return some files from a position on, round once, that were not asked for and fit; they are asked for now."""
         found: list[Ino] = []
-        count = len(self.inos)
+        count = len(self.inos) if self.left else 0
         for step in range(count):
             index = (start + step) % count
             if self.asked[index]:

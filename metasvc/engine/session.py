@@ -197,6 +197,9 @@ class EngineSession:
                 else:
                     if found.is_dir:
                         refuse(E.EISDIR)
+                    if not found.is_file:
+                        # Of a symbolic link the caller has to follow it: here are no paths.
+                        refuse(E.EINVAL, "it is no regular file")
                     return content.open_file(tx, found.ino)
             made = namespace.make(tx, caller, parent, name, mode=0o100000 | (mode & 0o7777))
             promised_end = 0 if is_limited(tx) else MAX_FILE_BYTES

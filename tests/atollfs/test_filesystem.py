@@ -287,8 +287,22 @@ def test_links_are_followed_in_the_volume_and_removed_as_links(fs: AtollFileSyst
     assert refused.value.errno == errno.ELOOP
     with pytest.raises(FileNotFoundError, match="leads out of the volume"):
         fs.cat_file(f"{here}/out")
+    with fs.open(f"{here}/to-file", "ab") as file:
+        file.write(b", and more")
+    assert fs.cat_file(f"{here}/d/file") == b"content, and more"
+    with fs.open(f"{here}/to-file", "a+b") as file:
+        file.seek(0)
+        assert file.read() == b"content, and more"
+    fs.pipe_file(f"{here}/other", b"other")
+    fs.cp_file(f"{here}/other", f"{here}/to-file")
+    assert fs.cat_file(f"{here}/d/file") == b"other"
+    with pytest.raises(FileNotFoundError):
+        fs.open(f"{here}/dangling", "ab")
+    with pytest.raises(IsADirectoryError):
+        fs.open(f"{here}/to-directory", "ab")
     fs.pipe_file(f"{here}/to-file", b"through the link")
     assert fs.cat_file(f"{here}/d/file") == b"through the link"
+    assert fs.info(f"{here}/to-file")["islink"], "it was not replaced by what went through it"
     fs.rm_file(f"{here}/to-file")
     fs.rm(f"{here}/to-directory", recursive=True)
     assert fs.cat_file(f"{here}/d/file") == b"through the link"

@@ -440,6 +440,7 @@ class SessionConnection:
 
     async def _greet(self, frames: Frames) -> None:
         hello = self._hello
+        hello.attempt += 1
         del hello.open_inos[:]
         del hello.open_counts[:]
         del hello.open_ends[:]

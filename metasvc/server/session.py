@@ -79,6 +79,8 @@ class ServedSession(EngineSession):
         self.secret = secret
         self.attaching = asyncio.Lock()
         """Held while a connection takes the session over."""
+        self.attempt = 0
+        """The latest stream of the client that said Hello, by the client's count."""
         self.outlet: Outlet | None = None
         self.is_ending = False
         self.heard_s = time.monotonic()

@@ -214,6 +214,29 @@ async def test_what_waits_for_a_new_session_goes_out_although_more_opens_than_th
         assert client.connection.failure is None
 
 
+async def test_an_open_whose_answer_is_too_large_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metasvc.server.session.MAX_REPLY_BYTES", 1000)
+    async with (
+        stored("memory", Path()) as store,
+        served(store) as service,
+        connected(service) as client,
+    ):
+        ino = (await client.meta.mknod(ROOT, ROOT_INO, b"file", mode=0o100644)).ino
+        ids = await client.meta.allocate_slices(20)
+        slices = tuple(
+            WrittenSlice(SliceId(each), 100, SliceKind.INLINE, bytes(100), (SliceRef(100 * n, SliceId(each), 0, 100),))
+            for n, each in enumerate(ids)
+        )
+        await client.meta.commit(ROOT, ino, Commit(slices=slices, end=2000, size_epoch=0, mtime_ns=1))
+        with pytest.raises(AtollError, match="too large"):
+            await client.meta.open(ino)
+        with pytest.raises(AtollError, match="too large"):
+            await client.meta.create(ROOT, ROOT_INO, b"file", mode=0o644, exclusive=False)
+        assert await believed(service, client) == {} == dict(client.connection._opens)
+        await client.meta.unlink(ROOT, ROOT_INO, b"file")
+        assert await client.meta.getattr_many([ino]) == [None], "nobody has it open"
+
+
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
 async def test_numbers_that_nobody_can_have_end_the_stream_and_not_the_volume(kind: str, tmp_path: Path) -> None:
     async with (

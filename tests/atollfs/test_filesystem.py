@@ -346,6 +346,15 @@ def test_a_transaction_shows_whole_files_or_none(fs: AtollFileSystem, here: str)
     assert fs.ls(here, detail=False) == [f"{here}/one"]
 
 
+@pytest.mark.parametrize("name", ["x" * 255, "語" * 85, "é" * 127, os.fsdecode(b"\xff" * 255)])
+def test_a_name_may_be_as_long_in_a_transaction_as_elsewhere(fs: AtollFileSystem, here: str, name: str) -> None:
+    assert len(os.fsencode(name)) <= 255
+    with fs.transaction, fs.open(f"{here}/{name}", "wb") as file:
+        file.write(b"content")
+    assert fs.ls(here, detail=False) == [f"{here}/{name}"]
+    assert fs.cat_file(f"{here}/{name}") == b"content"
+
+
 def test_a_file_system_and_an_open_file_pickle_as_what_they_are(place: Place, here: str) -> None:
     fs = AtollFileSystem(**place.options)
     with fs:

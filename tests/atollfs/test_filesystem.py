@@ -7,6 +7,8 @@ import errno
 import io
 import os
 import pickle
+import signal
+import threading
 import time
 from datetime import UTC
 from pathlib import Path
@@ -17,7 +19,9 @@ import pytest
 from fsspec.callbacks import Callback  # type: ignore[import-untyped]
 
 from atollfs import AtollFileSystem
+from atollfs.tree import Descriptor
 from chunkstore.geometry import MIB
+from metasvc.errors import FsError
 from tests.atollfs.places import Place
 
 
@@ -353,6 +357,50 @@ def test_a_name_may_be_as_long_in_a_transaction_as_elsewhere(fs: AtollFileSystem
         file.write(b"content")
     assert fs.ls(here, detail=False) == [f"{here}/{name}"]
     assert fs.cat_file(f"{here}/{name}") == b"content"
+
+
+@pytest.mark.parametrize("outcome", ["written", "under way", "failed", "never begun"])
+@pytest.mark.parametrize("mode", ["ab", "a+b"])
+def test_an_append_that_was_interrupted_is_in_the_file_once(
+    fs: AtollFileSystem, here: str, mode: str, outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = f"{here}/log"
+    fs.pipe_file(path, b"before,")
+    write = Descriptor.write
+    over = threading.Event()
+
+    async def slow(self: Descriptor, offset: int | None, data: bytes) -> None:
+        await asyncio.sleep(0.5)
+        if outcome == "failed":
+            raise FsError(errno.EIO)
+        await write(self, offset, data)
+        over.set()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with fs.open(path, mode) as file:
+        file.write(b"record,")
+        with monkeypatch.context() as patched:
+            if outcome == "never begun":
+                patched.setattr("atollfs.file.run_at_home", interrupt)
+            patched.setattr(Descriptor, "write", slow)
+            handler = signal.signal(signal.SIGALRM, interrupt)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.1)
+                with pytest.raises(KeyboardInterrupt):
+                    file.flush()
+                    time.sleep(10)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, handler)
+        assert outcome != "written" or over.wait(30)
+        file.write(b"another,")
+        file.flush()
+        file.write(b"another,")
+        file.flush()
+        file.write(b"another,")
+    assert fs.cat_file(path) == b"before,record,another,another,another,"
 
 
 def test_a_file_system_and_an_open_file_pickle_as_what_they_are(place: Place, here: str) -> None:

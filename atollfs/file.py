@@ -74,6 +74,18 @@ class Publication:
         self.path = path
 
 
+class _Append:
+    """What became of bytes that were to be appended, for a caller that was interrupted while it waited."""
+
+    __slots__ = ("has_begun", "is_over", "written")
+
+    def __init__(self) -> None:
+        self.has_begun = False
+        self.is_over = asyncio.Event()
+        self.written = b""
+        """What of it is in the file, when it is over."""
+
+
 class RawFile(io.RawIOBase):
     """An open file without a buffer."""
 
@@ -90,6 +102,8 @@ class RawFile(io.RawIOBase):
         self._appends = bool(flags & os.O_APPEND)
         self._position = descriptor.inode.size_bytes if self._appends else 0
         self._deferred: asyncio.Task[None] | None = None
+        self._interrupted: _Append | None = None
+        """The last append, if its caller was interrupted."""
 
     # -- going to the loop and back ------------------------------------------------------------------------------------
 
@@ -170,15 +184,47 @@ class RawFile(io.RawIOBase):
         """Write at most 4 MiB of it; the number of bytes, as of raw files. (The buffered ones write all.)"""
         self._check(self._can_write, "writing")
         view = memoryview(data).cast("B")[:PIECE_BYTES]
-        offset = None if self._appends else self._position
+        position = self._position
         # Copied, because a caller that is interrupted here does not stop the loop, and goes on to use its buffer.
         kept = bytes(view)
-        if self._is_on_home_loop():
-            self._defer(lambda: self._descriptor.write(offset, kept))
+        if self._appends:
+            self._append(kept)
+        elif self._is_on_home_loop():
+            self._defer(lambda: self._descriptor.write(position, kept))
         else:
-            self._run(lambda: self._descriptor.write(offset, kept))
+            self._run(lambda: self._descriptor.write(position, kept))
         self._position += len(view)
         return len(view)
+
+    def _append(self, data: bytes) -> None:
+        """Write at the end of the file, once.
+
+        A caller that is interrupted leaves its write behind; io's buffered classes keep their buffer then, and give it again.
+        So what begins with the bytes of an interrupted call that are in the file is the same call. (Who meant to append equal
+        bytes twice was told that the first call failed, and finds it without effect.)
+        """
+        before, this = self._interrupted, _Append()
+
+        async def append() -> None:
+            this.has_begun = True
+            try:
+                # Calls get to the loop in order: one that has not begun by now never got there.
+                if before is not None and before.has_begun:
+                    await before.is_over.wait()
+                    if data.startswith(before.written):
+                        this.written = before.written
+                if len(data) > len(this.written):
+                    await self._descriptor.write(None, data[len(this.written) :])
+                    this.written = data
+            finally:
+                this.is_over.set()
+
+        self._interrupted = this
+        if self._is_on_home_loop():
+            self._defer(append)
+        else:
+            self._run(append)
+        self._interrupted = None
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move; from the end it is one trip to ask how long the file is."""

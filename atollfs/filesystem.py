@@ -343,7 +343,9 @@ class AtollFileSystem(AsyncFileSystem):  # type: ignore[misc]
         publication = None
         if not autocommit and mode[0] in "wx":
             above, _slash, name = path.rpartition("/")
-            publication = Publication(self, f"{above}/.{name[:200]}.{secrets.token_hex(8)}", path)
+            # Names are up to 255 bytes: the end is cut off, whole characters of it.
+            begin = os.fsencode(name)[:200].decode(errors="ignore")
+            publication = Publication(self, f"{above}/.{begin}.{secrets.token_hex(8)}", path)
         where = path if publication is None else publication.temporary
         descriptor = volumes.run_at_home(lambda: self._descriptor(where, MODES[mode]))
         raw = RawFile(descriptor, path=where, mode=mode)

@@ -14,6 +14,9 @@ kernel repeats a system call on a path that answers ESTALE; commits, which belon
 asked in the new session; what was open is registered anew, as far as it still exists. Slice ids of the old session are
 worthless then, which users of this see by the session's number.
 
+Requests go out in the order of their numbers, none further than `SENT_WINDOW` ahead of the lowest without a reply: so whatever
+waits is reached. That is why what waits for a new session gets new numbers there, behind the opens that are registered.
+
 Interleavings. All state belongs to the event loop. One task (`_run`) connects and reconnects. While a stream stands, `_flush`
 sends what waits, in one message, at the end of the turn of the loop in which it was asked (`_flush_soon`); `_message` takes
 what comes, and is the only one that completes requests and counts opens, so that at any moment the opens are exactly those of
@@ -437,6 +440,7 @@ class SessionConnection:
 
     async def _greet(self, frames: Frames) -> None:
         hello = self._hello
+        hello.attempt += 1
         del hello.open_inos[:]
         del hello.open_counts[:]
         del hello.open_ends[:]
@@ -457,10 +461,7 @@ class SessionConnection:
             self._register_opens()
         self._away_since_s = None
         self._failure = None
-        # What was open is opened again before anything that needs it open.
-        waiting = self._pending.values()
-        opens = [pending.request for pending in waiting if is_new and pending.name == "open"]
-        self._outgoing = opens + [pending.request for pending in waiting if not (is_new and pending.name == "open")]
+        self._outgoing = [pending.request for pending in self._pending.values()]
         self._sent = 0
         self._given_up.clear()
         for pending in self._pending.values():
@@ -476,11 +477,18 @@ class SessionConnection:
         """Open again, in a new session, what was open in the one that ended; what is gone is gone."""
         opens, self._opens = self._opens, Counter()
         promised, self._promised = self._promised, {}
+        waiting, self._pending = self._pending, {}
         for ino, count in opens.items():
             for _ in range(count):
                 self._ask("open", pb.Open(ino=ino, again=True))
         for ino, end in promised.items():
             self._ask("reserve", pb.Reserve(ino=ino, end=min(end, MAX_FILE_BYTES)))
+        # What was open is opened again before anything that needs it open. Under the lower number that it had, what waited
+        # would hold back the window, and the opens in front of it that do not fit in the window would hold it back.
+        for pending in waiting.values():
+            pending.request.number = self._next
+            self._pending[self._next] = pending
+            self._next += 1
 
     def _ask(self, name: str, operation: Any) -> pb.Request:
         """Add a request whose answer nobody waits for."""
@@ -561,6 +569,6 @@ class SessionConnection:
             await asyncio.sleep(min(1.0, self._timeout_s / 4))
             late_s = time.monotonic() - self._timeout_s
             for number, pending in list(self._pending.items()):
-                if pending.began_s > late_s:
-                    break
-                self._give_up(number, pending)
+                # Not in order of their numbers, once what waited was numbered anew.
+                if pending.began_s <= late_s:
+                    self._give_up(number, pending)

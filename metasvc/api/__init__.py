@@ -164,7 +164,10 @@ class MetaClient(Protocol):
         ...
 
     async def create(self, caller: Caller, parent: Ino, name: bytes, *, mode: int, exclusive: bool) -> OpenFile:
-        """Create a regular file and open it; without ``exclusive`` an existing regular file is opened. EEXIST, EISDIR."""
+        """Create a regular file and open it; without ``exclusive`` an existing regular file is opened.
+
+        EEXIST; without ``exclusive`` EISDIR for a directory, EINVAL for what else is no regular file: a symbolic link for one.
+        """
         ...
 
     async def release(self, ino: Ino) -> None:

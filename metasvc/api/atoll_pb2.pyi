@@ -227,6 +227,7 @@ class Hello(_message.Message):
     OPEN_COUNTS_FIELD_NUMBER: _builtins.int
     OPEN_ENDS_FIELD_NUMBER: _builtins.int
     REPEATED_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     session_id: _builtins.int
     """0 begins a session; else the one to go on with, and what Welcome gave with it."""
@@ -234,6 +235,10 @@ class Hello(_message.Message):
     host: _builtins.str
     pid: _builtins.int
     mountpoint: _builtins.str
+    attempt: _builtins.int
+    """Counts the streams of this client, from 1 on: the Hello of one that it has given up may come after that of the next, and is
+    refused then. 0 from clients that do not count, and taken as it comes.
+    """
     @_builtins.property
     def open_inos(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """What the client has open, for a session that goes on: it replaces what the service believes."""
@@ -261,10 +266,11 @@ class Hello(_message.Message):
         open_counts: _abc.Iterable[_builtins.int] | None = ...,
         open_ends: _abc.Iterable[_builtins.int] | None = ...,
         repeated: _abc.Iterable[_builtins.int] | None = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "mountpoint", b"mountpoint", "open_counts", b"open_counts", "open_ends", b"open_ends", "open_inos", b"open_inos", "pid", b"pid", "protocol", b"protocol", "repeated", b"repeated", "secret", b"secret", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "host", b"host", "mountpoint", b"mountpoint", "open_counts", b"open_counts", "open_ends", b"open_ends", "open_inos", b"open_inos", "pid", b"pid", "protocol", b"protocol", "repeated", b"repeated", "secret", b"secret", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

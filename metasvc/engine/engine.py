@@ -18,7 +18,7 @@ import asyncio
 import errno
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -46,6 +46,8 @@ DEFAULT_MEMORY_BYTES = 64 * 1024 * 1024
 LOAD_AT_ONCE = 1000
 Changes = Mapping[Table, Mapping[Any, Row | None]]
 """Of an operation: by table and key the row as it is to be, None if it goes."""
+END_S = 30.0
+"""So long the end of an engine, and of a session in its process, waits for a store that takes nothing: a full disk, say."""
 MAX_UNUSED_IDS = 1 << 20
 """Slice ids that a session may have without committing them: 8 MiB of memory here, at 4 MiB each 4 TiB of files."""
 
@@ -142,10 +144,23 @@ class Engine:
         await self.close()
 
     async def close(self) -> None:
-        """Commit what is open and release the ownership. Does not close the store."""
+        """Commit what is open and release the ownership. Does not close the store.
+
+        StoreError if the store does not take what is open within `END_S`: it is lost. Nobody was told that it is there.
+        """
         try:
             if self.failure is None:
-                await self.committer.flush()
+                async with asyncio.timeout(END_S):
+                    await self.committer.flush()
+        except TimeoutError:
+            self._fail(
+                StoreError(f"the store took no changes for {END_S:.0f} s: those that no program was told of are lost")
+            )
+            with suppress(StoreError):
+                # From now on the committer is refused, too. Where even this fails, the end of the process frees the volume.
+                await self.owner.release()
+            assert self.failure is not None
+            raise self.failure from None
         finally:
             if self._renewal is not None:
                 self._renewal.cancel()
@@ -291,6 +306,11 @@ class Engine:
                 self._held_by = None
                 self._unheld.set()
 
+    @property
+    def is_held(self) -> bool:
+        """Return whether changes are held back now."""
+        return self._held_by is not None
+
     @contextmanager
     def sessions_awaited(self) -> Iterator[None]:
         """Let operations that change something wait until the block ends, but for what belongs to sessions that return."""
@@ -343,7 +363,10 @@ class Engine:
         return session_id
 
     async def end_session(self, session_id: SessionId) -> None:
-        """End a session: its opens, what it sustained, its slice ids, which nobody may commit from now on."""
+        """End a session: its opens, what it sustained, its slice ids, which nobody may commit from now on.
+
+        One that was cancelled on the way is ended by another call.
+        """
         self._slice_ranges.pop(session_id, None)
         self._unused.pop(session_id, None)
         await self._let_go(session_id, [ino for ino, holders in self._opens.items() if session_id in holders])

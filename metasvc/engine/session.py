@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno as E
+import logging
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -10,7 +12,7 @@ from typing import Any, Self
 from chunkstore.geometry import MAX_FILE_BYTES
 from metasvc.engine import attributes, content, namespace
 from metasvc.engine.accounts import USED_BYTES, USED_INODES, is_limited, quotas_above
-from metasvc.engine.engine import Engine
+from metasvc.engine.engine import END_S, Engine
 from metasvc.engine.listing import Listing
 from metasvc.engine.tx import Tx, refuse
 from metasvc.errors import FsError
@@ -30,6 +32,8 @@ from metasvc.model import (
     VolumeFormat,
 )
 from metasvc.store.tables import INODE
+
+log = logging.getLogger(__name__)
 
 
 class EngineSession:
@@ -53,8 +57,19 @@ class EngineSession:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._listing.close()
-        if self._engine.failure is None:
-            await self._engine.end_session(self._session_id)
+        while self._engine.failure is None:
+            try:
+                async with asyncio.timeout(END_S):
+                    await self._engine.end_session(self._session_id)
+                break
+            except TimeoutError:
+                # Who holds changes back lets them go on; a full disk may stay full.
+                if self._engine.is_held:
+                    continue
+                log.warning(
+                    "session %d: the store takes nothing; its row goes when the volume is next opened", self._session_id
+                )
+                break
 
     @property
     def format(self) -> VolumeFormat:
@@ -197,6 +212,9 @@ class EngineSession:
                 else:
                     if found.is_dir:
                         refuse(E.EISDIR)
+                    if not found.is_file:
+                        # Of a symbolic link the caller has to follow it: here are no paths.
+                        refuse(E.EINVAL, "it is no regular file")
                     return content.open_file(tx, found.ino)
             made = namespace.make(tx, caller, parent, name, mode=0o100000 | (mode & 0o7777))
             promised_end = 0 if is_limited(tx) else MAX_FILE_BYTES

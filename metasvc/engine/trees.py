@@ -204,27 +204,38 @@ def _clone_end(tx: Tx, caller: Caller, trash_id: TrashId, parent: Ino, name: byt
 async def expire_tree(engine: Engine, trash_id: TrashId) -> bool:
     """Remove an entry of the trash for good, with what lies below it; False if it was gone already.
 
-    An entry with anything below it is an unfinished clone; its directories are emptied from the bottom.
+    An entry with anything below it is an unfinished clone; its directories are emptied from the bottom. It may be restored, or
+    finished, between any two steps: each looks whether it is in the trash still, in the rule that removes something.
     """
-    row: Trashed | None = await engine.run(lambda tx: tx.get(TRASHED, trash_id))
-    if row is None:
-        return False
-    inode: Inode | None = await engine.run(lambda tx: tx.get(INODE, row.ino))
-    if inode is not None and inode.is_dir and inode.size_bytes:
+    top: Inode | None = await engine.run(_unfinished, trash_id)
+    if top is not None:
         directories: list[Ino] = []
-        async for directory, _ in walk(engine, row.ino):
+        async for directory, _ in walk(engine, top.ino):
             if not directories or directories[-1] != directory.ino:
                 directories.append(directory.ino)
         for ino in reversed(directories):
             page, _ = await engine.rows.scan_dir(ino, after=None, limit=PAGE)
             while page:
-                await engine.run(_remove_names, ino, [dentry for dentry, _ in page])
+                if not await engine.run(_remove_names, trash_id, ino, [dentry for dentry, _ in page]):
+                    return False
                 page, _ = await engine.rows.scan_dir(ino, after=None, limit=PAGE)
     expired: bool = await engine.run(trash.expire, trash_id)
     return expired
 
 
-def _remove_names(tx: Tx, directory: Ino, dentries: list[Dentry]) -> None:
+def _unfinished(tx: Tx, trash_id: TrashId) -> Inode | None:
+    """Return the top of an entry with anything below it; None if there is nothing below, or no such entry."""
+    row: Trashed | None = tx.get(TRASHED, trash_id)
+    inode: Inode | None = None if row is None else tx.get(INODE, row.ino)
+    if inode is None or not inode.is_dir or not inode.size_bytes or inode.parent != IN_TRASH:
+        return None
+    return inode
+
+
+def _remove_names(tx: Tx, trash_id: TrashId, directory: Ino, dentries: list[Dentry]) -> bool:
+    """Remove names below an entry of the trash for good; False if it is not there any more: then they are somebody's."""
+    if tx.get(TRASHED, trash_id) is None:
+        return False
     tx.require(
         [(INODE, dentry.ino) for dentry in dentries],
         [(table, dentry.ino) for dentry in dentries for table in (XATTR, CHUNK)],
@@ -245,6 +256,7 @@ def _remove_names(tx: Tx, directory: Ino, dentries: list[Dentry]) -> None:
         )
         if inode is not None:
             content.remove(tx, inode)
+    return True
 
 
 # -- quotas -------------------------------------------------------------------------------------------

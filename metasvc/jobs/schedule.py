@@ -29,7 +29,7 @@ FAILURE_REST_S: Final = 60.0
 CHUNKS_AT_ONCE: Final = 16
 
 Writing = Callable[[], AbstractAsyncContextManager[tuple[MetaClient, ChunkStore]]]
-"""Opens a session, to which new slices belong, and the chunk store that they are written to."""
+"""Opens a session, to which new slices belong, and the chunk store that they are written to. Jobs enter it at the same time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

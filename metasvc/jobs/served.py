@@ -1,15 +1,19 @@
-"""The jobs of a volume that a service has open: its bucket and, while chunks are compacted, a session and a chunk store.
+"""The jobs of a volume that a service has open: its bucket and, while any of them writes, a session and a chunk store.
 
 Owns opening these when they are first needed and closing them. The keys of the bucket come from the environment of the
 service. A job that finds no keys says so in the log, and asks again later.
+
+Jobs that write at the same time share session and chunk store (`_Writing`), as those of a mount share the mount's: a cache
+directory is one chunk store's at a time, and a job with hours of work must not keep the others from theirs.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -36,6 +40,66 @@ MOUNTPOINT: Final = "(jobs)"
 """What stands in the place of a mount point where sessions are listed."""
 
 
+class _Writing:
+    """The session and the chunk store that the jobs of one volume write with, open while any of them does.
+
+    Interleavings: who comes waits until those before have opened (`_turn`), or until who left last has closed (`_is_closed`).
+    Who leaves last waits for nobody before it closes, so nothing stays open, whoever is cancelled where.
+    """
+
+    def __init__(self, volume: Volume, *, cache_dir: Path, bucket: Callable[[], RetryingStore]) -> None:
+        self._volume = volume
+        self._cache_dir = cache_dir
+        self._bucket = bucket
+        self._turn = asyncio.Lock()
+        self._users = 0
+        self._stack: AsyncExitStack | None = None
+        self._is_closed = asyncio.Event()
+        self._is_closed.set()
+        self._open: tuple[MetaClient, ChunkStore]
+
+    @asynccontextmanager
+    async def taken(self) -> AsyncIterator[tuple[MetaClient, ChunkStore]]:
+        """Use them. Errors of opening them are the first job's, those of closing them the last one's."""
+        async with self._turn:
+            await self._is_closed.wait()
+            if self._stack is None:
+                self._stack = await self._opened()
+            self._users += 1
+        try:
+            yield self._open
+        finally:
+            self._users -= 1
+            stack = self._stack
+            if not self._users and stack is not None:
+                self._stack = None
+                self._is_closed.clear()
+                try:
+                    await stack.aclose()
+                finally:
+                    self._is_closed.set()
+
+    async def _opened(self) -> AsyncExitStack:
+        form = self._volume.format
+        self._cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        config = ChunkStoreConfig(
+            volume_uuid=form.uuid,
+            cache_dir=self._cache_dir,
+            codec=Codec.parse(form.compression),
+            block_bytes=form.block_bytes,
+            inline_limit_bytes=form.inline_limit_bytes,
+            cache_limit_bytes=CACHE_BYTES,
+        )
+        session = await EngineSession.begin(
+            self._volume.engine, host=socket.gethostname(), pid=os.getpid(), mountpoint=MOUNTPOINT
+        )
+        async with AsyncExitStack() as stack:
+            meta = await stack.enter_async_context(session)
+            chunks = await stack.enter_async_context(ChunkStore(config, bucket=self._bucket()))
+            self._open = meta, chunks
+            return stack.pop_all()
+
+
 class ServedJobs:
     """Run the jobs of the volumes of a service."""
 
@@ -59,24 +123,7 @@ class ServedJobs:
         async def delete(rows: Sequence[Garbage]) -> None:
             await delete_objects(opened(), volume.format, rows)
 
-        @asynccontextmanager
-        async def writing() -> AsyncIterator[tuple[MetaClient, ChunkStore]]:
-            form = volume.format
-            self._cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            config = ChunkStoreConfig(
-                volume_uuid=form.uuid,
-                cache_dir=self._cache_dir,
-                codec=Codec.parse(form.compression),
-                block_bytes=form.block_bytes,
-                inline_limit_bytes=form.inline_limit_bytes,
-                cache_limit_bytes=CACHE_BYTES,
-            )
-            session = await EngineSession.begin(
-                volume.engine, host=socket.gethostname(), pid=os.getpid(), mountpoint=MOUNTPOINT
-            )
-            async with session as meta, ChunkStore(config, bucket=opened()) as chunks:
-                yield meta, chunks
-
+        writing = _Writing(volume, cache_dir=self._cache_dir, bucket=opened).taken
         log = self._log.bind(volume=volume.name)
         engine = volume.engine
         jobs = Jobs(volume.admin, lambda: volume.format, delete, writing, log, self._rates, Packing(engine), engine)

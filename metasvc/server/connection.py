@@ -77,11 +77,16 @@ class Connection:
         """Serve the stream to its end. Raises what ends it early; the caller tells the client."""
         self._ended.add_done_callback(lambda done: done.cancelled() or done.exception())
         serving = asyncio.create_task(self._serve(volume), name="stream")
-        ends: set[asyncio.Future[Any]] = {serving, self._ended}
+        closed = self._frames.closed
+        ends: set[asyncio.Future[Any]] = {serving, self._ended, closed}
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if closed.done() and self._session is None and not serving.done():
+                # One that has ended must not wait for its turn, nor take the session from the stream that came after it.
+                await closed
             # What went wrong here rather than that a newer stream, or the end of the volume, made it go wrong.
-            await (serving if serving.done() else self._ended)
+            if self._ended.done() and not serving.done():
+                await self._ended
             await serving
         finally:
             serving.cancel()
@@ -89,6 +94,8 @@ class Connection:
 
     async def _serve(self, volume: Volume) -> None:
         first = await self._hello()
+        # Nothing comes before Welcome but the end of the connection, which is noticed only by who receives.
+        self._frames.resume()
         session = self._session = await self._attach(volume, first.hello, confirmed=first.confirmed)
         frames = self._frames
         try:
@@ -127,7 +134,13 @@ class Connection:
         """Begin a session, or go on with one whose connection, if it still has one, is cut."""
         if hello.session_id:
             session = volume.find(SessionId(hello.session_id), hello.secret)
+            if hello.attempt:
+                if hello.attempt <= session.attempt:
+                    raise self._overtaken(session)
+                session.attempt = hello.attempt
             async with session.attaching:
+                if 0 < hello.attempt < session.attempt:
+                    raise self._overtaken(session)
                 former, session.outlet = session.outlet, None
                 if former is not None:
                     former.fail(AtollError("the client has connected anew", retryable=True))
@@ -144,6 +157,7 @@ class Connection:
             session = await volume.begin(
                 host=hello.host[:255], pid=max(0, hello.pid), mountpoint=hello.mountpoint.replace("\0", "")[:4096]
             )
+            session.attempt = hello.attempt
             session.outlet = self
         welcome = pb.Welcome(
             protocol=PROTOCOL,
@@ -156,6 +170,9 @@ class Connection:
         )
         self.send(pb.FromService(welcome=welcome).SerializeToString())
         return session
+
+    def _overtaken(self, session: ServedSession) -> AtollError:
+        return AtollError(f"session {session.session_id} goes on with a later connection", retryable=True)
 
     def _take(self, data: bytes) -> None:
         """Start what a message asks for."""

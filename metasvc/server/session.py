@@ -79,6 +79,8 @@ class ServedSession(EngineSession):
         self.secret = secret
         self.attaching = asyncio.Lock()
         """Held while a connection takes the session over."""
+        self.attempt = 0
+        """The latest stream of the client that said Hello, by the client's count."""
         self.outlet: Outlet | None = None
         self.is_ending = False
         self.heard_s = time.monotonic()
@@ -170,6 +172,9 @@ class ServedSession(EngineSession):
         self._puts[number] = (operation.keep or operation.put, directories)
         try:
             result = await operation.call(self, message, caller)
+            kept = self._replies.get(number) if operation.keep is None else None
+            answer = await self._sendable(framed(_done(number, operation.put, result)) if kept is None else kept)
+            failed = False
         except AtollError as error:
             if self._engine.failure is not None or isinstance(error, Fenced):
                 # Nobody knows what became of it: the client asks again, there or here.
@@ -182,10 +187,6 @@ class ServedSession(EngineSession):
                 "request %d (%s) of session %d failed unexpectedly", number, name, self._session_id, exc_info=error
             )
             answer = framed(_failed(number, AtollError(f"the metadata service failed unexpectedly: {error!r}")))
-        else:
-            kept = self._replies.get(number) if operation.keep is None else None
-            answer = framed(_done(number, operation.put, result)) if kept is None else kept
-            failed = False
         finally:
             del self._puts[number]
             if metrics is not None:
@@ -210,14 +211,23 @@ class ServedSession(EngineSession):
 
         return record
 
+    async def _sendable(self, message: bytes) -> bytes:
+        """Return a framed reply, or the failure that is sent in the place of one that is too large.
+
+        Sent, it would end the stream, and be asked for again on the next one, for ever.
+        """
+        if len(message) <= MAX_REPLY_BYTES:
+            return message
+        reply = pb.FromService.FromString(message).replies[0]
+        log.error("session %d: a reply of %d bytes is too large to be sent", self._session_id, len(message))
+        if reply.opens:
+            # The client counts what the replies that came have opened.
+            await self.release(Ino(reply.inodes.ino[0]))
+        return framed(
+            _failed(reply.number, AtollError("the answer is too large; files are compacted in the background"))
+        )
+
     def _send(self, message: bytes) -> None:
-        if len(message) > MAX_REPLY_BYTES:
-            # Sent, it would end the stream, and be asked for again on the next one, for ever.
-            number = pb.FromService.FromString(message).replies[0].number
-            log.error("session %d: a reply of %d bytes is too large to be sent", self._session_id, len(message))
-            message = framed(
-                _failed(number, AtollError("the answer is too large; files are compacted in the background"))
-            )
         if self.outlet is not None:
             self.outlet.send(message)
 

@@ -7,6 +7,8 @@ import errno
 import io
 import os
 import pickle
+import signal
+import threading
 import time
 from datetime import UTC
 from pathlib import Path
@@ -17,7 +19,9 @@ import pytest
 from fsspec.callbacks import Callback  # type: ignore[import-untyped]
 
 from atollfs import AtollFileSystem
+from atollfs.tree import Descriptor
 from chunkstore.geometry import MIB
+from metasvc.errors import FsError
 from tests.atollfs.places import Place
 
 
@@ -287,8 +291,22 @@ def test_links_are_followed_in_the_volume_and_removed_as_links(fs: AtollFileSyst
     assert refused.value.errno == errno.ELOOP
     with pytest.raises(FileNotFoundError, match="leads out of the volume"):
         fs.cat_file(f"{here}/out")
+    with fs.open(f"{here}/to-file", "ab") as file:
+        file.write(b", and more")
+    assert fs.cat_file(f"{here}/d/file") == b"content, and more"
+    with fs.open(f"{here}/to-file", "a+b") as file:
+        file.seek(0)
+        assert file.read() == b"content, and more"
+    fs.pipe_file(f"{here}/other", b"other")
+    fs.cp_file(f"{here}/other", f"{here}/to-file")
+    assert fs.cat_file(f"{here}/d/file") == b"other"
+    with pytest.raises(FileNotFoundError):
+        fs.open(f"{here}/dangling", "ab")
+    with pytest.raises(IsADirectoryError):
+        fs.open(f"{here}/to-directory", "ab")
     fs.pipe_file(f"{here}/to-file", b"through the link")
     assert fs.cat_file(f"{here}/d/file") == b"through the link"
+    assert fs.info(f"{here}/to-file")["islink"], "it was not replaced by what went through it"
     fs.rm_file(f"{here}/to-file")
     fs.rm(f"{here}/to-directory", recursive=True)
     assert fs.cat_file(f"{here}/d/file") == b"through the link"
@@ -330,6 +348,59 @@ def test_a_transaction_shows_whole_files_or_none(fs: AtollFileSystem, here: str)
         raise KeyError
     assert fs.cat_file(f"{here}/one") == b"after"
     assert fs.ls(here, detail=False) == [f"{here}/one"]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "語" * 85, "é" * 127, os.fsdecode(b"\xff" * 255)])
+def test_a_name_may_be_as_long_in_a_transaction_as_elsewhere(fs: AtollFileSystem, here: str, name: str) -> None:
+    assert len(os.fsencode(name)) <= 255
+    with fs.transaction, fs.open(f"{here}/{name}", "wb") as file:
+        file.write(b"content")
+    assert fs.ls(here, detail=False) == [f"{here}/{name}"]
+    assert fs.cat_file(f"{here}/{name}") == b"content"
+
+
+@pytest.mark.parametrize("outcome", ["written", "under way", "failed", "never begun"])
+@pytest.mark.parametrize("mode", ["ab", "a+b"])
+def test_an_append_that_was_interrupted_is_in_the_file_once(
+    fs: AtollFileSystem, here: str, mode: str, outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = f"{here}/log"
+    fs.pipe_file(path, b"before,")
+    write = Descriptor.write
+    over = threading.Event()
+
+    async def slow(self: Descriptor, offset: int | None, data: bytes) -> None:
+        await asyncio.sleep(0.5)
+        if outcome == "failed":
+            raise FsError(errno.EIO)
+        await write(self, offset, data)
+        over.set()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with fs.open(path, mode) as file:
+        file.write(b"record,")
+        with monkeypatch.context() as patched:
+            if outcome == "never begun":
+                patched.setattr("atollfs.file.run_at_home", interrupt)
+            patched.setattr(Descriptor, "write", slow)
+            handler = signal.signal(signal.SIGALRM, interrupt)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.1)
+                with pytest.raises(KeyboardInterrupt):
+                    file.flush()
+                    time.sleep(10)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, handler)
+        assert outcome != "written" or over.wait(30)
+        file.write(b"another,")
+        file.flush()
+        file.write(b"another,")
+        file.flush()
+        file.write(b"another,")
+    assert fs.cat_file(path) == b"before,record,another,another,another,"
 
 
 def test_a_file_system_and_an_open_file_pickle_as_what_they_are(place: Place, here: str) -> None:

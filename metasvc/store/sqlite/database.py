@@ -23,7 +23,15 @@ from metasvc.store.sqlite.foreign_errors import BUSY_TIMEOUT_S, no_database, tra
 from metasvc.store.sqlite.log_room import LogRoom
 from migrations import apply, load_migrations
 
-__all__ = ["APPLICATION_ID", "WriterConnection", "connect_reader", "connect_writer", "prepare", "transaction"]
+__all__ = [
+    "APPLICATION_ID",
+    "WriterConnection",
+    "connect_reader",
+    "connect_writer",
+    "prepare",
+    "transaction",
+    "unlocked_only",
+]
 
 APPLICATION_ID: Final = 0x41746F6C
 """``Atol`` in ASCII, at offset 68 of the file."""
@@ -46,6 +54,7 @@ _CHECKPOINT_PAGES: Final = 8000
 _LOG_FULL_BYTES: Final = 32 + _CHECKPOINT_PAGES * (24 + _PAGE_BYTES)
 # Truncate a log that something (a long read in another process) made grow beyond this.
 _LOG_LIMIT_BYTES: Final = 2 * _LOG_FULL_BYTES
+_WAIT: Final = f"PRAGMA busy_timeout = {BUSY_TIMEOUT_S * 1000:.0f}"
 # Statements kept prepared for each connection: 12 tables with about 10 shapes of SELECT each, and what else there is.
 _PREPARED: Final = 256
 
@@ -110,6 +119,16 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+@contextlib.contextmanager
+def unlocked_only(connection: sqlite3.Connection) -> Iterator[None]:
+    """Let statements of the block fail with SQLITE_BUSY at once where they would wait for the lock of somebody else."""
+    connection.execute("PRAGMA busy_timeout = 0")
+    try:
+        yield
+    finally:
+        connection.execute(_WAIT)
 
 
 def _connect(path: str, factory: type[C]) -> C:

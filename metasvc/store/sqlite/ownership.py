@@ -11,12 +11,12 @@ import sqlite3
 
 from metasvc.errors import Fenced, NotOwner
 from metasvc.store import Ownership
-from metasvc.store.sqlite.database import WriterConnection, transaction
+from metasvc.store.sqlite.database import WriterConnection, transaction, unlocked_only
 from metasvc.store.sqlite.owner_lock import OwnerLock
 from metasvc.store.sqlite.rows import apply_batch
 from metasvc.store.tables import Batch
 
-__all__ = ["acquire", "commit", "not_owner", "read_last_batch", "release", "renew", "replace_format"]
+__all__ = ["acquire", "commit", "commit_at_once", "not_owner", "read_last_batch", "release", "renew", "replace_format"]
 
 _OWNED = "id = ? AND owner_nonce = ? AND epoch = ?"
 _COMMIT = f"UPDATE volume SET last_batch = ? WHERE {_OWNED} AND last_batch = ?"
@@ -97,6 +97,23 @@ def commit(connection: WriterConnection, volume_id: int, ownership: Ownership, n
         if connection.in_transaction:
             execute("ROLLBACK")
         raise
+
+
+def commit_at_once(
+    connection: WriterConnection, volume_id: int, ownership: Ownership, number: int, batch: Batch
+) -> bool:
+    """Commit, unless somebody else holds the write lock: nothing has changed then, no time has passed, and it is False.
+
+    Setting the wait and back takes 8 us, of the 110 that a commit on the loop saves.
+    """
+    with unlocked_only(connection):
+        try:
+            commit(connection, volume_id, ownership, number, batch)
+        except sqlite3.OperationalError as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
+                raise
+            return False
+    return True
 
 
 def read_last_batch(connection: sqlite3.Connection, volume_id: int, ownership: Ownership) -> int:

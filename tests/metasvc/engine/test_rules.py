@@ -47,6 +47,23 @@ async def test_names_that_cannot_be_are_refused(name: bytes, errno: int) -> None
         assert refusal.value.errno == errno
 
 
+async def test_create_opens_what_is_there_only_if_it_is_a_regular_file() -> None:
+    async with opened(await format_volume(MemoryStore())) as volume:
+        meta = volume.meta
+        file = await touch(volume, b"file")
+        link = (await meta.symlink(ROOT, ROOT_INO, b"link", b"file")).ino
+        await mkdir(volume, b"d")
+        await meta.mknod(ROOT, ROOT_INO, b"fifo", mode=stat.S_IFIFO | 0o644)
+        for name, errno in [(b"link", E.EINVAL), (b"fifo", E.EINVAL), (b"d", E.EISDIR)]:
+            with refused(errno):
+                await meta.create(ROOT, ROOT_INO, name, mode=0o644, exclusive=False)
+            with refused(E.EEXIST):
+                await meta.create(ROOT, ROOT_INO, name, mode=0o644, exclusive=True)
+        assert not volume.engine.sessions_holding(link)
+        assert (await meta.create(ROOT, ROOT_INO, b"file", mode=0o644, exclusive=False)).inode.ino == file
+        await meta.release(file)
+
+
 async def test_umask_setgid_and_owner_of_a_new_inode() -> None:
     async with opened(await format_volume(MemoryStore())) as volume:
         meta = volume.meta

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,9 @@ import structlog.testing
 from chunkstore.geometry import KIB
 from metasvc.engine.accounts import USED_BYTES
 from metasvc.jobs.schedule import JobRates
-from metasvc.jobs.served import ServedJobs
+from metasvc.jobs.served import MOUNTPOINT, ServedJobs
 from metasvc.model import ROOT_INO
-from tests.metasvc.jobs.places import FAST, ROOT, Place, read, write
+from tests.metasvc.jobs.places import FAST, NEVER, ROOT, Place, read, write
 from tests.metasvc.server.served import connected
 
 
@@ -112,3 +114,64 @@ async def test_a_counter_that_is_wrong_is_repaired_and_said(tmp_path: Path) -> N
         assert volume.engine.counter(USED_BYTES) == 100 * KIB
         async with connected(service) as client:
             assert (await client.admin.status()).counters["job_counters_done_total"] == 1
+
+
+async def test_jobs_that_write_at_the_same_time_do_not_lock_each_other_out(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    # Compaction rests after its first chunk for as long as the test lasts; packs are made beside it.
+    resting = JobRates(
+        garbage_s=3600,
+        trash_s=3600,
+        compaction_s=0.05,
+        compaction_pause_s=3600,
+        packs_s=0.05,
+        packs_age_s=0,
+        packs_pause_s=0,
+    )
+    pieces = [os.urandom(5 * KIB) for _ in range(60)]
+    async with place.served(NEVER) as service, place.mounted(service, "one") as vfs, asyncio.timeout(60):
+        volume = await service.volume()
+
+        def writers() -> int:
+            return sum(session.mountpoint == MOUNTPOINT for session in volume.engine.sessions())
+
+        async def until(job: str, done: int) -> None:
+            while (state := volume.jobs().get(job)) is None or state.done < done:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+
+        @asynccontextmanager
+        async def working(rates: JobRates) -> AsyncIterator[None]:
+            jobs = ServedJobs(cache_dir=tmp_path / "work", env={}, log=structlog.get_logger(), rates=rates)
+            task = asyncio.create_task(jobs.run(volume))
+            await asyncio.sleep(0)
+            try:
+                yield
+            finally:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+            assert not any(state.failures for state in volume.jobs().values())
+
+        await write(vfs, b"one", *pieces)
+        await write(vfs, b"two", *pieces)
+        async with working(resting):
+            while not writers():  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+            for number in range(600):
+                await write(vfs, b"small%d" % number, os.urandom(2 * KIB))
+            await until("packs", 512)
+            assert writers() == 1
+            assert volume.jobs()["compaction"].runs == 0, "it has the chunk store still"
+        assert not writers()
+        # Each time that the last one has ended they are closed, and opened when there is work again.
+        async with working(FAST):
+            await until("compaction", 1)
+            for done in (2, 3):
+                while writers():  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+                await write(vfs, b"more%d" % done, *pieces)
+                await until("compaction", done)
+        async with place.mounted(service, "two") as other:
+            for name in (b"one", b"two", b"more2", b"more3"):
+                handle = await other.open(ROOT, (await other.lookup(ROOT_INO, name)).ino, os.O_RDONLY)
+                assert await read(other, handle.fh) == b"".join(pieces)
+                await other.release(handle.fh)

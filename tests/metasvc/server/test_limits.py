@@ -179,6 +179,64 @@ async def test_more_opens_than_the_window_are_registered_again_behind_a_slow_one
         assert sorted(client.connection._opens) == sorted(inos)
 
 
+async def test_what_waits_for_a_new_session_goes_out_although_more_opens_than_the_window_go_before_it() -> None:
+    count = SENT_WINDOW + 300
+    async with (
+        stored("memory", Path()) as store,
+        served(store) as service,
+        Cutter(service.port) as cutter,
+        connected(service, port=cutter.port) as client,
+    ):
+        inos = [(await client.meta.mknod(ROOT, ROOT_INO, b"%d" % number, mode=0o100644)).ino for number in range(count)]
+        await asyncio.gather(*(client.meta.open(ino) for ino in inos))
+        volume = await service.volume()
+        cutter.open.clear()
+        waiting = [
+            asyncio.create_task(client.meta.getattr(inos[0])),
+            asyncio.create_task(client.meta.mkdir(ROOT, ROOT_INO, b"waited", mode=0o755)),
+        ]
+        await volume.end(volume.sessions[client.connection.session_id])
+        cutter.cut()
+        # Asked while there is no stream: it was never sent.
+        async with asyncio.timeout(20):
+            while client.connection.is_connected:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        waiting.append(asyncio.create_task(client.meta.mknod(ROOT, ROOT_INO, b"unsent", mode=0o100644)))
+        await asyncio.sleep(0)
+        cutter.open.set()
+        async with asyncio.timeout(40):
+            read, sent, unsent = await asyncio.gather(*waiting, return_exceptions=True)
+        assert isinstance(sent, FsError), "nobody knows whether the session that ended applied it"
+        assert read == await client.meta.getattr(inos[0])
+        assert unsent == await client.meta.lookup(ROOT_INO, b"unsent")
+        await agree(service, client)
+        assert sorted(client.connection._opens) == sorted(inos)
+        assert client.connection.failure is None
+
+
+async def test_an_open_whose_answer_is_too_large_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metasvc.server.session.MAX_REPLY_BYTES", 1000)
+    async with (
+        stored("memory", Path()) as store,
+        served(store) as service,
+        connected(service) as client,
+    ):
+        ino = (await client.meta.mknod(ROOT, ROOT_INO, b"file", mode=0o100644)).ino
+        ids = await client.meta.allocate_slices(20)
+        slices = tuple(
+            WrittenSlice(SliceId(each), 100, SliceKind.INLINE, bytes(100), (SliceRef(100 * n, SliceId(each), 0, 100),))
+            for n, each in enumerate(ids)
+        )
+        await client.meta.commit(ROOT, ino, Commit(slices=slices, end=2000, size_epoch=0, mtime_ns=1))
+        with pytest.raises(AtollError, match="too large"):
+            await client.meta.open(ino)
+        with pytest.raises(AtollError, match="too large"):
+            await client.meta.create(ROOT, ROOT_INO, b"file", mode=0o644, exclusive=False)
+        assert await believed(service, client) == {} == dict(client.connection._opens)
+        await client.meta.unlink(ROOT, ROOT_INO, b"file")
+        assert await client.meta.getattr_many([ino]) == [None], "nobody has it open"
+
+
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
 async def test_numbers_that_nobody_can_have_end_the_stream_and_not_the_volume(kind: str, tmp_path: Path) -> None:
     async with (

@@ -16,6 +16,7 @@ from chunkstore.geometry import SliceId
 from client.meta.connection import SessionConnection
 from client.meta.endpoint import ServiceUnavailable
 from metasvc.api import atoll_pb2 as pb
+from metasvc.api.frames import EndedByService, Frames
 from metasvc.engine import first_rows
 from metasvc.errors import FsError
 from metasvc.model import ROOT_INO, Caller, Commit, Ino, RenameFlags, SliceKind, SliceRef, WrittenSlice
@@ -24,7 +25,7 @@ from metasvc.store import Store
 from metasvc.store.memory import MemoryStore
 from metasvc.store.sqlite import SqliteStore
 from tests.metasvc.engine.volumes import volume_format
-from tests.metasvc.server.served import Client, Cutter, connected, served
+from tests.metasvc.server.served import Client, Cutter, Served, connected, served
 
 ROOT = Caller()
 
@@ -449,3 +450,71 @@ async def test_what_an_absent_session_sustains_outlives_the_close_of_another() -
         await absent.released(ino)
         with pytest.raises(FsError):
             await present.meta.getattr(ino)
+
+
+async def say_hello(service: Served, client: Client, *, attempt: int) -> Frames:
+    """Say what a client would on another stream, with what it has open now."""
+    hello = pb.Hello()
+    hello.CopyFrom(client.connection._hello)
+    hello.attempt = attempt
+    frames = await service.endpoint().connect(pb.Opening.SESSION, service.name)
+    frames.send(pb.FromClient(hello=hello, confirmed=client.connection._confirmed()).SerializeToString())
+    return frames
+
+
+async def test_a_hello_that_comes_after_a_later_one_takes_nothing_over() -> None:
+    async with stored("memory", Path()) as store, served(store) as service, connected(service) as client:
+        made = await client.meta.create(ROOT, ROOT_INO, b"file", mode=0o600, exclusive=True)
+        await client.meta.unlink(ROOT, ROOT_INO, b"file")
+        # It says that nothing is open, which was so when it was sent.
+        frames = await say_hello(service, client, attempt=client.connection._hello.attempt)
+        with pytest.raises(EndedByService) as ended:
+            await frames.read()
+        frames.close()
+        assert ended.value.reason == pb.Ended.AGAIN
+        assert (await client.meta.getattr(made.inode.ino)).nlink == 0, "it is open, hence sustained"
+        assert client.connection.reconnections == 0
+        await client.released(made.inode.ino)
+
+
+@pytest.mark.parametrize("attempt", [0, 2])
+async def test_the_hello_of_a_later_stream_and_of_a_client_that_does_not_count_take_the_session_over(
+    attempt: int,
+) -> None:
+    async with stored("memory", Path()) as store, served(store) as service, connected(service) as client:
+        frames = await say_hello(service, client, attempt=attempt)
+        welcome = pb.FromService.FromString(await frames.read()).welcome
+        assert welcome.session_id == client.connection.session_id
+        frames.close()
+        await connected_again(client, times=1)
+        if attempt:
+            # What the client itself says next is its second stream, too: the test is a stranger to its count.
+            client.connection._hello.attempt = attempt
+        assert (await client.meta.getattr(ROOT_INO)).is_dir
+
+
+async def test_streams_that_wait_for_their_turn_go_when_they_end_or_a_later_one_comes() -> None:
+    async with stored("memory", Path()) as store, served(store) as service, connected(service) as client:
+        session = (await service.volume()).sessions[client.connection.session_id]
+        assert service.service is not None
+        connections = service.service.connections
+        async with asyncio.timeout(20):
+            async with session.attaching:
+                gone = [await say_hello(service, client, attempt=0) for _ in range(3)]
+                overtaken = await say_hello(service, client, attempt=10)
+                while len(connections) < 5 or session.attempt < 10:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+                later = await say_hello(service, client, attempt=11)
+                while session.attempt < 11:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+                for frames in gone:
+                    frames.close()
+                while len(connections) > 3:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            with pytest.raises(EndedByService):
+                await overtaken.read()
+            assert pb.FromService.FromString(await later.read()).HasField("welcome")
+        client.connection._hello.attempt = 11
+        overtaken.close()
+        later.close()
+        assert (await client.meta.getattr(ROOT_INO)).is_dir

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -22,6 +23,7 @@ from metasvc.errors import Fenced, NotOwner, StoreError, VolumeMissing
 from metasvc.model import ROOT_INO, Counter, Dentry, Ino, Slice
 from metasvc.store.open import open_store
 from metasvc.store.sqlite import SqliteStore
+from metasvc.store.sqlite.volume import SqliteVolume
 from metasvc.store.tables import COUNTER, DENTRY, INODE, SLICE, TABLES, Batch
 from tests.metasvc.store.contract import (
     NOTHING,
@@ -429,3 +431,26 @@ async def test_a_store_can_be_opened_again_and_again(world: SqliteWorld) -> None
         await store.list_volumes()
         await store.close()
     assert list(world.files()) == ["meta.db"]
+
+
+async def test_a_commit_on_the_loop_does_not_wait_there_for_the_lock_of_another_process(world: SqliteWorld) -> None:
+    async with world.running():
+        volume = await world.volume()
+        owner = await acquire(volume)
+        await volume.commit(owner, 1, batch_of(Counter("a", 1)))
+        with contextlib.closing(sqlite3.connect(world.path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            assert isinstance(volume, SqliteVolume)
+            while not volume._writer.may_call_here:  # noqa: ASYNC110  the thread is about to lay the connection down
+                await asyncio.sleep(0.001)
+            began_s = time.monotonic()
+            waiting = asyncio.create_task(volume.commit(owner, 2, batch_of(Counter("a", 2)), here=True))
+            await asyncio.sleep(0.2)
+            assert time.monotonic() - began_s < 5.0, "the loop stood still"
+            assert not waiting.done()
+            assert await volume.scan(COUNTER, after=None, limit=10) == [Counter("a", 1)]
+            other.execute("ROLLBACK")
+            await waiting
+        # The thread waits for the lock as before.
+        await volume.commit(owner, 3, batch_of(Counter("a", 3)), here=True)
+        assert await volume.scan(COUNTER, after=None, limit=10) == [Counter("a", 3)]

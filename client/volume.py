@@ -55,6 +55,7 @@ META_TIMEOUT_S: Final = 300.0
 CONNECT_S: Final = 10.0
 """How long a command waits for a service that does not answer."""
 TOKEN_VARIABLE: Final = "ATOLL_TOKEN"
+TOKEN_FILE_VARIABLE: Final = "ATOLL_TOKEN_FILE"
 MAX_TOKEN_BYTES: Final = 64 << 10
 
 
@@ -334,20 +335,26 @@ def open_volume(
 
 
 def read_token(path: str | None, *, env: Mapping[str, str]) -> str:
-    """Return the token in a file, or that of ATOLL_TOKEN. TokenMissing with the remedy."""
+    """Return the token in a file, of ATOLL_TOKEN, or in the file of ATOLL_TOKEN_FILE. TokenMissing with the remedy."""
     if path is None:
         token = env.get(TOKEN_VARIABLE, "").strip()
-        if not token:
-            raise TokenMissing(f"there is no token for the service: give --token-file, or set {TOKEN_VARIABLE}")
-        return token
+        if token:
+            return token
+        path = env.get(TOKEN_FILE_VARIABLE)
+    if not path:
+        raise TokenMissing(f"there is no token for the service: set {TOKEN_VARIABLE} or {TOKEN_FILE_VARIABLE}")
     try:
         with open(path, encoding="ascii") as file:
             token = file.read(MAX_TOKEN_BYTES).strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise TokenMissing(f"token file {shown(path)}: {reason}; give another with --token-file") from error
+        raise TokenMissing(
+            f"token file {shown(path)}: {reason}; give another with --token-file or {TOKEN_FILE_VARIABLE}"
+        ) from error
     if not token:
-        raise TokenMissing(f"token file {shown(path)} is empty: give another with --token-file")
+        raise TokenMissing(
+            f"token file {shown(path)} is empty: give another with --token-file or {TOKEN_FILE_VARIABLE}"
+        )
     return token
 
 

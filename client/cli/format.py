@@ -81,7 +81,7 @@ class CompressionType(click.ParamType[str]):
 @click.option(
     "--inline-limit", type=SIZE, default="32KiB", show_default=True, help="Files up to this lie with the metadata."
 )
-@click.option("--token-file", metavar="FILE", help="The token for a service  [default: ATOLL_TOKEN]")
+@click.option("--token-file", metavar="FILE", help="The token for a service  [default: ATOLL_TOKEN, ATOLL_TOKEN_FILE]")
 @json_option
 def command(
     address: str,

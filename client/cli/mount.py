@@ -56,7 +56,7 @@ class CacheInvalid(AtollError):
 )
 @click.option("--read-only", is_flag=True, help="Refuse every change.")
 @click.option("--subdir", metavar="PATH", default="/", help="Show only this directory of the volume.")
-@click.option("--token-file", metavar="FILE", help="The token for a service  [default: ATOLL_TOKEN]")
+@click.option("--token-file", metavar="FILE", help="The token for a service  [default: ATOLL_TOKEN, ATOLL_TOKEN_FILE]")
 @click.option(
     "--meta-timeout",
     type=click.FloatRange(1.0),

@@ -202,7 +202,8 @@ class Walk:
             self._in_vain()
             return
         upcoming = ((other, size) for other, size in self._next(ino) if other not in self._visited)
-        entries, wanted = 0, []
+        entries = 0
+        wanted: list[Ino] = []
         for position, (other, size) in enumerate(islice(upcoming, self._most)):
             if other in self._pages:
                 if not wanted and position >= self._most // 2:

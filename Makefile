@@ -4,6 +4,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup run stop test test-all check bench
 ARGS ?=
+# `make test` makes the same random choices each time; `make test-all` new ones, and prints their seed.
+test: export ATOLL_TEST_SEED ?= 1
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

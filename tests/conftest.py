@@ -5,26 +5,34 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import random
 import secrets
 import signal
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["tests.servers.fixtures"]
 
 _SEED_VARIABLE = "ATOLL_TEST_SEED"
 _SEED = int(os.environ.get(_SEED_VARIABLE) or secrets.randbits(32))
 
-# Timings are never asserted: two busy cores would make them random. Examples differ from run to run, in CI too;
-# a failure prints the blob that repeats it.
-settings.register_profile("atoll", deadline=None, print_blob=True, derandomize=False)
+# Timings are never asserted: two busy cores would make them random.
+settings.register_profile("atoll", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("atoll")
 
 
-def pytest_configure() -> None:
-    """Clean up on SIGTERM as on Control-C: else servers and mounts of the tests would stay behind."""
+@pytest.hookimpl(tryfirst=True)  # before hypothesis reads its option
+def pytest_configure(config: pytest.Config) -> None:
+    """Give hypothesis the run's seed, and clean up on SIGTERM as on Control-C: else servers and mounts would stay behind."""
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = str(_SEED)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def pytest_runtest_setup() -> None:
+    """Give each test the same random bytes, whichever tests ran before it."""
+    random.seed(_SEED)
 
 
 def pytest_report_header() -> str:

@@ -190,7 +190,8 @@ class _Walk:
 
     def changed(self, changes: Changes, fresh: Collection[Ino]) -> None:
         """Take note of changes that come into force in this stretch; memory has the rows as they were before."""
-        for ino, new in changes.get(INODE, {}).items():
+        inodes: Mapping[Ino, Any] = changes.get(INODE, {})
+        for ino, new in inodes.items():
             old: Any = None if ino in fresh else self._rows.get(INODE, ino)
             if old is ABSENT:
                 self.is_lost = True
@@ -199,7 +200,7 @@ class _Walk:
                 if old is not None:
                     self._add(old, -1)
                 if new is not None:
-                    self._add(new, +1)  # type: ignore[arg-type]
+                    self._add(new, +1)
             if self.quotas:
                 self._changed_below_quotas(ino, old, new)
 

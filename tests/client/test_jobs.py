@@ -204,7 +204,7 @@ def test_the_jobs_compact_expire_and_collect_until_nothing_is_left(directory: Pa
         working = asyncio.create_task(jobs_of(volume, log, rates).run())
         async with asyncio.timeout(60):
             # 200 pieces are 9.5 MiB: three blocks of one slice in the end.
-            while len(volume.objects()) != 3:  # noqa: ASYNC110 - a directory has no event
+            while len(volume.objects()) != 3:
                 await asyncio.sleep(0.05)
         working.cancel()
         await asyncio.gather(working, return_exceptions=True)

@@ -236,7 +236,7 @@ def test_gets_go_on_while_all_puts_wait() -> None:
 
     async def use() -> None:
         puts = [asyncio.ensure_future(store.put("k", b"")) for _ in range(5)]
-        while script.running < 2:  # noqa: ASYNC110
+        while script.running < 2:
             await asyncio.sleep(0)
         assert await store.get("k") == b"content"
         for put in puts:
@@ -255,7 +255,7 @@ def test_the_wait_for_a_slot_has_a_deadline() -> None:
 
     async def use() -> None:
         first = asyncio.ensure_future(store.get("k"))
-        while script.running < 1:  # noqa: ASYNC110
+        while script.running < 1:
             await asyncio.sleep(0)
         with pytest.raises(BucketUnavailable, match="too many requests at once"):
             await store.get("k", timeout_s=0.05)
@@ -276,7 +276,7 @@ def test_a_call_that_waits_before_a_repeat_holds_no_slot() -> None:
     async def use() -> None:
         store = RetryingStore(script, limits=Limits(max_gets=1), sleep=sleep)
         first = asyncio.ensure_future(store.get("k"))
-        while script.calls < 1:  # noqa: ASYNC110
+        while script.calls < 1:
             await asyncio.sleep(0)
         assert await store.get("k") == b"content"
         go_on.set()

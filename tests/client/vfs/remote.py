@@ -50,7 +50,7 @@ class Mounted:
         outlet.fail(SessionEnded("a test says so"))
         await ending
         async with asyncio.timeout(20):
-            while self.client.connection.session_id == before or not self.client.connection.is_connected:  # noqa: ASYNC110
+            while self.client.connection.session_id == before or not self.client.connection.is_connected:
                 await asyncio.sleep(0.01)
 
 

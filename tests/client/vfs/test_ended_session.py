@@ -70,7 +70,7 @@ async def test_a_commit_whose_answer_was_lost_with_the_session_keeps_its_objects
         outlet.send = lambda message: None  # type: ignore[method-assign]
         flushing = asyncio.create_task(vfs.fsync(handle.fh))
         async with asyncio.timeout(20):
-            while (await volume.engine.run(lambda tx: tx.inode(handle.inode.ino))).size_bytes == 0:  # noqa: ASYNC110
+            while (await volume.engine.run(lambda tx: tx.inode(handle.inode.ino))).size_bytes == 0:
                 await asyncio.sleep(0.01)
         await mount.lose_session()
         with pytest.raises(FsError):

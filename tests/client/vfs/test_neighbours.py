@@ -64,7 +64,7 @@ async def make(place: Place, *, directories: int = 1, files: int = 20) -> tuple[
 async def until(holds: Callable[[], bool]) -> None:
     """Wait until something holds, for 20 s at most."""
     async with asyncio.timeout(20):
-        while not holds():  # noqa: ASYNC110
+        while not holds():
             await asyncio.sleep(0.002)
 
 

@@ -339,7 +339,7 @@ async def test_a_repair_waits_while_changes_are_held_back_and_looks_again() -> N
         async with volume.engine.changes_held() as hold:
             auditing = asyncio.create_task(audit(volume.engine, pause_s=0))
             async with asyncio.timeout(10):
-                while not volume.engine.held_back:  # noqa: ASYNC110 - nothing tells
+                while not volume.engine.held_back:
                     await asyncio.sleep(0)
             await volume.engine.run(lambda tx: tx.count(USED_BYTES, -4096), hold=hold)
         assert (await auditing).differences == []

@@ -80,7 +80,7 @@ class Place:
 
     async def until_objects(self, count: int) -> None:
         async with asyncio.timeout(30):
-            while self.objects() != count:  # noqa: ASYNC110 - a directory has no event
+            while self.objects() != count:
                 await asyncio.sleep(0.02)
 
 

@@ -91,7 +91,7 @@ async def test_jobs_without_a_bucket_say_so_and_clients_go_on(tmp_path: Path, mo
         await vfs.unlink(ROOT, ROOT_INO, b"gone")
         volume = await service.volume()
         async with asyncio.timeout(60):
-            while not volume.jobs()["garbage"].failures:  # noqa: ASYNC110
+            while not volume.jobs()["garbage"].failures:
                 await asyncio.sleep(0.02)
         await vfs.mkdir(ROOT, ROOT_INO, b"works", mode=0o755)
         (tmp_path / "away").rename(place.bucket)
@@ -107,7 +107,7 @@ async def test_a_counter_that_is_wrong_is_repaired_and_said(tmp_path: Path) -> N
         with structlog.testing.capture_logs() as logs:
             await volume.engine.run(lambda tx: tx.count(USED_BYTES, 12345))
             async with asyncio.timeout(30):
-                while not volume.jobs()["counters"].done:  # noqa: ASYNC110
+                while not volume.jobs()["counters"].done:
                     await asyncio.sleep(0.02)
         [said] = [entry for entry in logs if entry["log_level"] == "error"]
         assert (said["counter"], said["found"], said["expected"]) == (USED_BYTES, 100 * KIB + 12345, 100 * KIB)
@@ -136,7 +136,7 @@ async def test_jobs_that_write_at_the_same_time_do_not_lock_each_other_out(tmp_p
             return sum(session.mountpoint == MOUNTPOINT for session in volume.engine.sessions())
 
         async def until(job: str, done: int) -> None:
-            while (state := volume.jobs().get(job)) is None or state.done < done:  # noqa: ASYNC110
+            while (state := volume.jobs().get(job)) is None or state.done < done:
                 await asyncio.sleep(0.02)
 
         @asynccontextmanager
@@ -154,7 +154,7 @@ async def test_jobs_that_write_at_the_same_time_do_not_lock_each_other_out(tmp_p
         await write(vfs, b"one", *pieces)
         await write(vfs, b"two", *pieces)
         async with working(resting):
-            while not writers():  # noqa: ASYNC110
+            while not writers():
                 await asyncio.sleep(0.02)
             for number in range(600):
                 await write(vfs, b"small%d" % number, os.urandom(2 * KIB))
@@ -166,7 +166,7 @@ async def test_jobs_that_write_at_the_same_time_do_not_lock_each_other_out(tmp_p
         async with working(FAST):
             await until("compaction", 1)
             for done in (2, 3):
-                while writers():  # noqa: ASYNC110
+                while writers():
                     await asyncio.sleep(0.02)
                 await write(vfs, b"more%d" % done, *pieces)
                 await until("compaction", done)

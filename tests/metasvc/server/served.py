@@ -104,7 +104,7 @@ class Client:
         for ino in inos:
             await self.meta.release(ino)
         async with asyncio.timeout(60):
-            while any(pending.name == "release" for pending in self.connection._pending.values()):  # noqa: ASYNC110
+            while any(pending.name == "release" for pending in self.connection._pending.values()):
                 await asyncio.sleep(0.005)
 
 

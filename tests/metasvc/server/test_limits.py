@@ -46,7 +46,7 @@ async def agree(service: Served, client: Client) -> None:
     """Wait until nothing is under way and both believe the same."""
     connection = client.connection
     async with asyncio.timeout(15):
-        while (  # noqa: ASYNC110
+        while (
             connection._pending or connection._given_up or await believed(service, client) != dict(connection._opens)
         ):
             await asyncio.sleep(0.01)
@@ -143,7 +143,7 @@ async def test_a_file_closed_while_the_service_is_away_too_long_is_closed(tmp_pa
         await client.meta.release(inos[1])  # given up at once
         await service.start()
         async with asyncio.timeout(20):
-            while not client.connection.is_connected:  # noqa: ASYNC110
+            while not client.connection.is_connected:
                 await asyncio.sleep(0.01)
         await agree(service, client)
         assert dict(client.connection._opens) == {inos[2]: 1}
@@ -199,7 +199,7 @@ async def test_what_waits_for_a_new_session_goes_out_although_more_opens_than_th
         cutter.cut()
         # Asked while there is no stream: it was never sent.
         async with asyncio.timeout(20):
-            while client.connection.is_connected:  # noqa: ASYNC110
+            while client.connection.is_connected:
                 await asyncio.sleep(0.005)
         waiting.append(asyncio.create_task(client.meta.mknod(ROOT, ROOT_INO, b"unsent", mode=0o100644)))
         await asyncio.sleep(0)
@@ -333,7 +333,7 @@ async def test_a_client_comes_back_while_its_change_is_held_back() -> None:
                 asyncio.create_task(client.meta.mkdir(ROOT, ROOT_INO, b"d%d" % number, mode=0o755))
                 for number in range(5)
             ]
-            while len(engine.held_back) < 5:  # noqa: ASYNC110
+            while len(engine.held_back) < 5:
                 await asyncio.sleep(0.01)
             cutter.cut()
             async with asyncio.timeout(15):
@@ -472,7 +472,7 @@ async def test_a_change_that_nobody_waits_for_any_more_leaves_nothing_known() ->
             await asyncio.gather(changing, return_exceptions=True)
         async with asyncio.timeout(20):
             # Applied all the same: what was remembered of the directory would say otherwise for a moment.
-            while client.connection._pending:  # noqa: ASYNC110
+            while client.connection._pending:
                 await asyncio.sleep(0.001)
         assert before.mode & 0o777 == 0o755
         assert (await client.meta.getattr(directory)).mode & 0o777 == 0o700

@@ -160,7 +160,7 @@ async def test_who_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch, caplo
         assert "said nothing" in details
         assert service.service is not None
         async with asyncio.timeout(20):
-            while service.service.connections:  # noqa: ASYNC110
+            while service.service.connections:
                 await asyncio.sleep(0.01)
 
 

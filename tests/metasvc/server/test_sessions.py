@@ -97,7 +97,7 @@ async def connected_again(*clients: Client, times: int) -> None:
     async with asyncio.timeout(60):
         for client in clients:
             connection = client.connection
-            while connection.reconnections < times or not connection.is_connected:  # noqa: ASYNC110
+            while connection.reconnections < times or not connection.is_connected:
                 await asyncio.sleep(0.005)
 
 
@@ -222,7 +222,7 @@ async def test_requests_wait_while_the_service_is_away_and_fail_when_their_time_
             await client.meta.getattr(ROOT_INO)
         await service.start()
         async with asyncio.timeout(20):
-            while not client.connection.is_connected:  # noqa: ASYNC110
+            while not client.connection.is_connected:
                 await asyncio.sleep(0.02)
         assert (await client.meta.getattr(ROOT_INO)).is_dir
 
@@ -267,7 +267,7 @@ async def test_an_open_whose_caller_was_cancelled_while_the_reply_lay_there_is_r
         await asyncio.gather(opening, return_exceptions=True)
         assert opening.cancelled()
         async with asyncio.timeout(20):
-            while client.connection._opens:  # noqa: ASYNC110
+            while client.connection._opens:
                 await asyncio.sleep(0.01)
         await client.meta.unlink(ROOT, ROOT_INO, b"file")
         with pytest.raises(FsError):
@@ -346,7 +346,7 @@ async def test_a_stored_reply_answers_a_create_that_is_asked_again_and_counts_it
             async with asyncio.timeout(20):
                 # What is under way in the relay still arrives: let the request through, then lose the reply.
                 cutter.open.set()
-                while session.requests_total == 0:  # noqa: ASYNC110
+                while session.requests_total == 0:
                     await asyncio.sleep(0)
                 cutter.cut()
             made = await creation
@@ -419,7 +419,7 @@ async def test_more_files_than_may_be_asked_for_at_once_are_open_again_in_the_ne
             cutter.open.set()
             await client.meta.getattr(ROOT_INO)
             async with asyncio.timeout(20):
-                while sum(client.connection._opens.values()) < len(inos):  # noqa: ASYNC110
+                while sum(client.connection._opens.values()) < len(inos):
                     await asyncio.sleep(0.01)
             await client.released(*inos)
             assert not client.connection._opens
@@ -502,14 +502,14 @@ async def test_streams_that_wait_for_their_turn_go_when_they_end_or_a_later_one_
             async with session.attaching:
                 gone = [await say_hello(service, client, attempt=0) for _ in range(3)]
                 overtaken = await say_hello(service, client, attempt=10)
-                while len(connections) < 5 or session.attempt < 10:  # noqa: ASYNC110
+                while len(connections) < 5 or session.attempt < 10:
                     await asyncio.sleep(0.01)
                 later = await say_hello(service, client, attempt=11)
-                while session.attempt < 11:  # noqa: ASYNC110
+                while session.attempt < 11:
                     await asyncio.sleep(0.01)
                 for frames in gone:
                     frames.close()
-                while len(connections) > 3:  # noqa: ASYNC110
+                while len(connections) > 3:
                     await asyncio.sleep(0.01)
             with pytest.raises(EndedByService):
                 await overtaken.read()

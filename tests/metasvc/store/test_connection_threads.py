@@ -88,7 +88,7 @@ async def test_a_call_on_the_loop_that_fails_is_told_and_a_broken_connection_is_
 
     threads = ConnectionThreads("numbers.db", connect, name="test", limit=1)
     await threads.call(add, 0)
-    while not may(threads):  # noqa: ASYNC110  the thread is about to lay the connection down
+    while not may(threads):  # the thread is about to lay the connection down
         await asyncio.sleep(0.001)
     with pytest.raises(ValueError, match="mine"):
         threads.call_here(fail)

@@ -441,7 +441,7 @@ async def test_a_commit_on_the_loop_does_not_wait_there_for_the_lock_of_another_
         with contextlib.closing(sqlite3.connect(world.path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             assert isinstance(volume, SqliteVolume)
-            while not volume._writer.may_call_here:  # noqa: ASYNC110  the thread is about to lay the connection down
+            while not volume._writer.may_call_here:  # the thread is about to lay the connection down
                 await asyncio.sleep(0.001)
             began_s = time.monotonic()
             waiting = asyncio.create_task(volume.commit(owner, 2, batch_of(Counter("a", 2)), here=True))

@@ -46,9 +46,7 @@ async def agree(service: Served, client: Client) -> None:
     """Wait until nothing is under way and both believe the same."""
     connection = client.connection
     async with asyncio.timeout(15):
-        while (
-            connection._pending or connection._given_up or await believed(service, client) != dict(connection._opens)
-        ):
+        while connection._pending or connection._given_up or await believed(service, client) != dict(connection._opens):
             await asyncio.sleep(0.01)
 
 

@@ -381,6 +381,7 @@ async def _open_service(
         mountpoint=os.fsencode(mountpoint).decode(errors="replace"),
         timeout_s=access.timeout_s,
         lost=lost,
+        takes_leases=bool(mountpoint),
     )
     async with AsyncExitStack() as stack:
         await connection.open(timeout_s=max(wait_s, CONNECT_S))

@@ -23,6 +23,9 @@ what comes, and is the only one that completes requests and counts opens, so tha
 the replies that came; and one task asks for signs of life and looks for silence. A caller that is cancelled leaves its request
 behind: its reply still comes, and if it opened something that is released.
 
+Recalls of leases are numbered. A reply that was made before a recall may come after it: it gives no lease then, nor does one to
+a request that was sent on an earlier stream. What a recall ends has ended when the next message goes out, which says so.
+
 Nobody waits for a release: it goes out with the next request, or after `RELEASE_S`.
 """
 
@@ -114,15 +117,21 @@ class SessionConnection:
         mountpoint: str,
         timeout_s: float,
         lost: Callable[[], object] | None = None,
+        takes_leases: bool = False,
     ) -> None:
         """``volume`` is TENANT/NAME. ``timeout_s``: how long requests wait for a service that is away.
 
-        ``lost`` is called if the service refuses the session for good after it was open.
+        ``lost`` is called if the service refuses the session for good after it was open. ``takes_leases``: who uses the
+        connection sets `recalled` before its first call.
         """
         self._lost = lost
         self._endpoint = endpoint
         self._volume = volume
-        self._hello = pb.Hello(protocol=PROTOCOL, host=host, pid=pid, mountpoint=mountpoint)
+        self._hello = pb.Hello(protocol=PROTOCOL, host=host, pid=pid, mountpoint=mountpoint, leases=takes_leases)
+        self.recalled: Callable[[Ino | None], None] | None = None
+        """Called with each directory whose lease ends, None for all: synchronously, before anything else is received."""
+        self._recalls = 0
+        """The number of the last recall on this stream."""
         self._timeout_s = timeout_s
         self._frames: Frames | None = None
         """The stream, while one stands."""
@@ -165,6 +174,11 @@ class SessionConnection:
         """Return the volume's format, as the service said when it was last connected."""
         assert self._format is not None, "open() has not returned yet"
         return self._format
+
+    @property
+    def lease_s(self) -> float:
+        """Return how long a lease is good, from before the request was sent whose reply has it."""
+        return self._welcome.lease_s
 
     @property
     def is_connected(self) -> bool:
@@ -318,6 +332,8 @@ class SessionConnection:
         if pending.is_repeated:
             # They are what they were when it was applied, which may be long ago.
             reply.ClearField("directories")
+        if pending.is_repeated or reply.recalls < self._recalls:
+            reply.ClearField("leased")
         if not reply.HasField("failure"):
             if reply.opens:
                 ino = Ino(reply.inodes.ino[0])
@@ -441,6 +457,9 @@ class SessionConnection:
     async def _greet(self, frames: Frames) -> None:
         hello = self._hello
         hello.attempt += 1
+        self._recalls = 0
+        if self.recalled is not None:
+            self.recalled(None)
         del hello.open_inos[:]
         del hello.open_counts[:]
         del hello.open_ends[:]
@@ -518,7 +537,8 @@ class SessionConnection:
             return
         while not frames.is_congested and ((batch := self._batch()) or self._sign_is_due):
             self._sign_is_due = False
-            frames.send(pb.FromClient(requests=batch, confirmed=self._confirmed()).SerializeToString())
+            message = pb.FromClient(requests=batch, confirmed=self._confirmed(), recalled=self._recalls)
+            frames.send(message.SerializeToString())
             self.messages_sent += 1
         if self._is_ending and not self._pending:
             self._frames = None
@@ -546,7 +566,14 @@ class SessionConnection:
     def _message(self, data: bytes) -> None:
         self._heard_s = time.monotonic()
         self.messages_received += 1
-        for reply in pb.FromService.FromString(data).replies:
+        message = pb.FromService.FromString(data)
+        for recall in message.recalls:
+            self._recalls = recall.number
+            if self.recalled is not None:
+                self.recalled(Ino(recall.ino))
+            self._sign_is_due = True
+            self._flush_soon()
+        for reply in message.replies:
             self._receive(reply)
         if self._is_ending and not self._pending:
             self._flush_soon()

@@ -5,10 +5,12 @@ Owns the mapping only; what the operations do is said in metasvc/api.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import Any, Final
 
 from client.meta.connection import SessionConnection
+from client.meta.names import KnownNames
 from client.meta.recent import MAX_PAGE, Recent, just_before
 from client.meta.walking import Walk
 from metasvc.api import atoll_pb2 as pb
@@ -45,6 +47,8 @@ class RemoteMeta:
         self._call = connection.call
         self._recent = Recent()
         self._remembers = remembers
+        self._names = KnownNames()
+        connection.recalled = self._recalled
         self._walk = Walk(lambda ino, limit: self._page(ino, after=None, limit=limit), lambda: self._recent.changes)
 
     @property
@@ -54,6 +58,26 @@ class RemoteMeta:
     @property
     def session_id(self) -> SessionId:
         return self._connection.session_id
+
+    def _recalled(self, ino: Ino | None) -> None:
+        if ino is None:
+            self._names.clear()
+        else:
+            self._names.recalled(ino)
+
+    async def _change_names(
+        self, name: str, message: Any, *, adds: bytes | None = None, to: Sequence[Ino] = (), moves: bool = False
+    ) -> pb.Reply:
+        """Call an operation that changes the directories ``to``, and ``adds`` a name to the last of them."""
+        names = self._names
+        asked = names.asked()
+        if adds is not None:
+            names.adding(to[-1], adds)
+        reply = await self._change(name, message, moves=moves)
+        inodes = reply.inodes.ino
+        made = Ino(inodes[0]) if name == "mknod" and inodes else None
+        names.told(asked, reply.leased, lease_s=self._connection.lease_s, changed=to, made=made)
+        return reply
 
     async def _change(self, name: str, message: Any, *, ino: Ino | None = None, moves: bool = False) -> pb.Reply:
         """Call an operation that changes something; then nothing is known of what it may have changed but what it told.
@@ -79,6 +103,9 @@ class RemoteMeta:
         if not self._remembers:
             return wire.inode_of(await self._call("lookup", pb.Lookup(parent=parent, name=name)))
         recent = self._recent
+        if self._names.is_absent(parent, name):
+            recent.absent(parent)
+            raise FsError(errno.ENOENT)
         known = recent.name(parent, name)
         if known is not None:
             return known
@@ -122,28 +149,29 @@ class RemoteMeta:
 
     async def mknod(self, caller: Caller, parent: Ino, name: bytes, *, mode: int, rdev: int = 0) -> Inode:
         message = pb.MakeNode(caller=wire.caller_message(caller), parent=parent, name=name, mode=mode, rdev=rdev)
-        return wire.inode_of(await self._change("mknod", message))
+        return wire.inode_of(await self._change_names("mknod", message, adds=name, to=[parent]))
 
     async def mkdir(self, caller: Caller, parent: Ino, name: bytes, *, mode: int) -> Inode:
         return await self.mknod(caller, parent, name, mode=0o040000 | (mode & 0o7777))
 
     async def symlink(self, caller: Caller, parent: Ino, name: bytes, target: bytes) -> Inode:
         message = pb.Symlink(caller=wire.caller_message(caller), parent=parent, name=name, target=target)
-        return wire.inode_of(await self._change("symlink", message))
+        return wire.inode_of(await self._change_names("symlink", message, adds=name, to=[parent]))
 
     async def readlink(self, ino: Ino) -> bytes:
         return (await self._call("readlink", pb.ReadLink(ino=ino))).value
 
     async def link(self, caller: Caller, ino: Ino, parent: Ino, name: bytes) -> Inode:
         message = pb.Link(caller=wire.caller_message(caller), ino=ino, parent=parent, name=name)
-        return wire.inode_of(await self._change("link", message))
+        return wire.inode_of(await self._change_names("link", message, adds=name, to=[parent]))
 
     async def unlink(self, caller: Caller, parent: Ino, name: bytes) -> None:
-        await self._change("unlink", pb.Unlink(caller=wire.caller_message(caller), parent=parent, name=name))
+        message = pb.Unlink(caller=wire.caller_message(caller), parent=parent, name=name)
+        await self._change_names("unlink", message, to=[parent])
 
     async def rmdir(self, caller: Caller, parent: Ino, name: bytes) -> None:
         message = pb.RemoveDir(caller=wire.caller_message(caller), parent=parent, name=name)
-        await self._change("rmdir", message, moves=True)
+        await self._change_names("rmdir", message, to=[parent], moves=True)
 
     async def rename(
         self, caller: Caller, parent: Ino, name: bytes, new_parent: Ino, new_name: bytes, *, flags: RenameFlags
@@ -156,7 +184,7 @@ class RemoteMeta:
             new_name=new_name,
             flags=int(flags),
         )
-        await self._change("rename", message, moves=True)
+        await self._change_names("rename", message, adds=new_name, to=[parent, new_parent], moves=True)
 
     # -- attributes ---------------------------------------------------------------------------------------------------
 
@@ -194,7 +222,7 @@ class RemoteMeta:
         message = pb.Create(
             caller=wire.caller_message(caller), parent=parent, name=name, mode=mode, exclusive=exclusive
         )
-        return wire.open_of(await self._change("create", message))
+        return wire.open_of(await self._change_names("create", message, adds=name, to=[parent]))
 
     async def release(self, ino: Ino) -> None:
         self._connection.release(ino)

@@ -156,9 +156,12 @@ class FromClient(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     REQUESTS_FIELD_NUMBER: _builtins.int
     CONFIRMED_FIELD_NUMBER: _builtins.int
+    RECALLED_FIELD_NUMBER: _builtins.int
     GOODBYE_FIELD_NUMBER: _builtins.int
     confirmed: _builtins.int
     """No reply to a request below this number will be asked for again."""
+    recalled: _builtins.int
+    """Nothing is held any more of what was called back on this stream up to the recall with this number."""
     goodbye: _builtins.bool
     """The client is done: its session ends, and the stream when it has. Sent when no request is without a reply.
     A message without requests is a sign of life, and answered by one.
@@ -175,11 +178,12 @@ class FromClient(_message.Message):
         hello: Global___Hello | None = ...,
         requests: _abc.Iterable[Global___Request] | None = ...,
         confirmed: _builtins.int = ...,
+        recalled: _builtins.int = ...,
         goodbye: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirmed", b"confirmed", "goodbye", b"goodbye", "hello", b"hello", "requests", b"requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirmed", b"confirmed", "goodbye", b"goodbye", "hello", b"hello", "recalled", b"recalled", "requests", b"requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -191,12 +195,17 @@ class FromService(_message.Message):
 
     REPLIES_FIELD_NUMBER: _builtins.int
     WELCOME_FIELD_NUMBER: _builtins.int
+    RECALLS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def replies(self) -> _containers.RepeatedCompositeFieldContainer[Global___Reply]: ...
     @_builtins.property
     def welcome(self) -> Global___Welcome:
-        """Answer to Hello, and only there.
-        A message without replies is a sign of life. Pushed invalidations will have fields of their own here.
+        """Answer to Hello, and only there."""
+
+    @_builtins.property
+    def recalls(self) -> _containers.RepeatedCompositeFieldContainer[Global___Recall]:
+        """Leases that end now. In the order of their numbers; they come before the replies of the message.
+        A message without replies is a sign of life.
         """
 
     def __init__(
@@ -204,14 +213,40 @@ class FromService(_message.Message):
         *,
         replies: _abc.Iterable[Global___Reply] | None = ...,
         welcome: Global___Welcome | None = ...,
+        recalls: _abc.Iterable[Global___Recall] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["replies", b"replies", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["recalls", b"recalls", "replies", b"replies", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FromService: _TypeAlias = FromService  # noqa: Y015
+
+@_typing.final
+class Recall(_message.Message):
+    """A lease on a directory that is called back: the client says so (`recalled`) when it does not use it any more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INO_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    ino: _builtins.int
+    number: _builtins.int
+    """Counts the recalls to a session."""
+    def __init__(
+        self,
+        *,
+        ino: _builtins.int = ...,
+        number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ino", b"ino", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Recall: _TypeAlias = Recall  # noqa: Y015
 
 @_typing.final
 class Hello(_message.Message):
@@ -228,6 +263,7 @@ class Hello(_message.Message):
     OPEN_ENDS_FIELD_NUMBER: _builtins.int
     REPEATED_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    LEASES_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     session_id: _builtins.int
     """0 begins a session; else the one to go on with, and what Welcome gave with it."""
@@ -239,6 +275,8 @@ class Hello(_message.Message):
     """Counts the streams of this client, from 1 on: the Hello of one that it has given up may come after that of the next, and is
     refused then. 0 from clients that do not count, and taken as it comes.
     """
+    leases: _builtins.bool
+    """The client takes leases on directories (metasvc/engine/leases.py): it listens to recalls. It has none now."""
     @_builtins.property
     def open_inos(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """What the client has open, for a session that goes on: it replaces what the service believes."""
@@ -267,10 +305,11 @@ class Hello(_message.Message):
         open_ends: _abc.Iterable[_builtins.int] | None = ...,
         repeated: _abc.Iterable[_builtins.int] | None = ...,
         attempt: _builtins.int = ...,
+        leases: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "host", b"host", "mountpoint", b"mountpoint", "open_counts", b"open_counts", "open_ends", b"open_ends", "open_inos", b"open_inos", "pid", b"pid", "protocol", b"protocol", "repeated", b"repeated", "secret", b"secret", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "host", b"host", "leases", b"leases", "mountpoint", b"mountpoint", "open_counts", b"open_counts", "open_ends", b"open_ends", "open_inos", b"open_inos", "pid", b"pid", "protocol", b"protocol", "repeated", b"repeated", "secret", b"secret", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -287,6 +326,7 @@ class Welcome(_message.Message):
     KEEPALIVE_S_FIELD_NUMBER: _builtins.int
     EXPIRY_S_FIELD_NUMBER: _builtins.int
     MAX_OUTSTANDING_FIELD_NUMBER: _builtins.int
+    LEASE_S_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     session_id: _builtins.int
     secret: _builtins.bytes
@@ -295,6 +335,8 @@ class Welcome(_message.Message):
     expiry_s: _builtins.float
     max_outstanding: _builtins.int
     """Most requests that may wait for their replies."""
+    lease_s: _builtins.float
+    """For so long a lease is good, counted from before the request was sent whose reply has it."""
     @_builtins.property
     def format(self) -> Global___VolumeFormat: ...
     def __init__(
@@ -307,10 +349,11 @@ class Welcome(_message.Message):
         keepalive_s: _builtins.float = ...,
         expiry_s: _builtins.float = ...,
         max_outstanding: _builtins.int = ...,
+        lease_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["format", b"format"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expiry_s", b"expiry_s", "format", b"format", "keepalive_s", b"keepalive_s", "max_outstanding", b"max_outstanding", "protocol", b"protocol", "secret", b"secret", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expiry_s", b"expiry_s", "format", b"format", "keepalive_s", b"keepalive_s", "lease_s", b"lease_s", "max_outstanding", b"max_outstanding", "protocol", b"protocol", "secret", b"secret", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1241,6 +1284,8 @@ class Reply(_message.Message):
     IS_NEW_FIELD_NUMBER: _builtins.int
     DIRECTORIES_FIELD_NUMBER: _builtins.int
     MAPS_FIELD_NUMBER: _builtins.int
+    LEASED_FIELD_NUMBER: _builtins.int
+    RECALLS_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     end: _builtins.bool
     value: _builtins.bytes
@@ -1252,6 +1297,8 @@ class Reply(_message.Message):
     """Up to where the file that was opened may grow without a reserve."""
     is_new: _builtins.bool
     """The file that was opened was made by this request."""
+    recalls: _builtins.int
+    """How many recalls there were for the session when this was made: to one that has seen more, it gives no leases."""
     @_builtins.property
     def failure(self) -> Global___Failure:
         """Set if the operation failed. Nothing else is set then."""
@@ -1274,6 +1321,10 @@ class Reply(_message.Message):
     def maps(self) -> _containers.RepeatedCompositeFieldContainer[Global___MapOfFile]:
         """The maps of many files."""
 
+    @_builtins.property
+    def leased(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of the directories that the request changed or made: those on which the session has the lease, from before it asked on."""
+
     def __init__(
         self,
         *,
@@ -1292,10 +1343,12 @@ class Reply(_message.Message):
         is_new: _builtins.bool = ...,
         directories: Global___Inodes | None = ...,
         maps: _abc.Iterable[Global___MapOfFile] | None = ...,
+        leased: _abc.Iterable[_builtins.int] | None = ...,
+        recalls: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["directories", b"directories", "failure", b"failure", "inodes", b"inodes", "map", b"map", "statfs", b"statfs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "directories", b"directories", "end", b"end", "failure", b"failure", "first", b"first", "inodes", b"inodes", "is_new", b"is_new", "map", b"map", "maps", b"maps", "names", b"names", "number", b"number", "opens", b"opens", "promised_end", b"promised_end", "statfs", b"statfs", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "directories", b"directories", "end", b"end", "failure", b"failure", "first", b"first", "inodes", b"inodes", "is_new", b"is_new", "leased", b"leased", "map", b"map", "maps", b"maps", "names", b"names", "number", b"number", "opens", b"opens", "promised_end", b"promised_end", "recalls", b"recalls", "statfs", b"statfs", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -27,6 +27,7 @@ from chunkstore.geometry import SliceId
 from metasvc.engine import content
 from metasvc.engine.committer import Committer
 from metasvc.engine.format import NEXT_INO, NEXT_SLICE
+from metasvc.engine.leases import Leases
 from metasvc.engine.memory import NeedRows, Rows
 from metasvc.engine.owner import OWNER_TTL_S, Owner, boottime_s
 from metasvc.engine.reservations import Reservations
@@ -74,6 +75,7 @@ class Engine:
         self.rows = Rows(store, limit_bytes=memory_bytes)
         self.committer = Committer(store, owner, self.rows, on_failure=self._fail)
         self.reservations = Reservations()
+        self.leases = Leases()
         self.failure: AtollError | None = None
         self.failed = asyncio.Event()
         """Set when the engine has failed; see ``failure``."""
@@ -127,6 +129,8 @@ class Engine:
             engine._renewal = asyncio.create_task(engine._renew(), name="metasvc-owner")
             await engine._load_sessions()
             await engine._end_leftovers()
+            if keep_sessions and engine.sessions():
+                engine.leases.follow_another_owner()
             if not keep_sessions:
                 for session in engine.sessions():
                     await engine.end_session(session.session_id)
@@ -229,12 +233,14 @@ class Engine:
         record: Callable[[Any, Tx], Replies] | None = None,
         hold: Hold | None = None,
         of_session: bool = False,
+        by: SessionId | None = None,
     ) -> Any:
         """Run a rule as one operation; its result once durable. See the module's text.
 
         ``then`` runs in the same stretch in which the changes come into force. ``record`` returns a row that becomes durable
         with the changes, if there are any. ``hold`` is what who holds back the changes of all others got for that;
-        ``of_session``: it belongs to the return of a session, for which others wait.
+        ``of_session``: it belongs to the return of a session, for which others wait. ``by``: the session that asks for it: its
+        own leases are not called back.
         """
         for attempt in range(MAX_RUNS):
             self._check()
@@ -251,7 +257,7 @@ class Engine:
                 if tx.read_batch > self.rows.durable_batch:
                     await self.committer.wait(tx.read_batch)
                 raise
-            batch = tx.read_batch
+            batch, recall = tx.read_batch, None
             changes = tx.finish()
             if changes:
                 if self._held_by is not None and self._held_by is not hold:
@@ -266,6 +272,7 @@ class Engine:
                 if self.watch is not None:
                     self.watch(changes, tx.fresh)
                 batch = self.committer.add(changes, tx.fresh)
+                recall = self.leases.add(changes, by=by)
                 for (holder, ino), row in changes.get(SUSTAINED, {}).items():
                     self._note_sustained(holder, ino, is_kept=row is not None)
             self.operations_total += 1
@@ -273,6 +280,8 @@ class Engine:
                 then(result)
             if batch > self.rows.durable_batch:
                 await self.committer.wait(batch)
+            if recall is not None:
+                await recall.answered()
             return result
         raise StoreError(f"a metadata operation asked for rows {MAX_RUNS} times; the memory limit is too small")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno as E
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -43,7 +44,7 @@ class EngineSession:
         self._engine = engine
         self._session_id = session_id
         self._listing = Listing(engine)
-        self._run = engine.run
+        self._run: Callable[..., Coroutine[Any, Any, Any]] = partial(engine.run, by=session_id)
 
     @classmethod
     async def begin(cls, engine: Engine, *, host: str, pid: int, mountpoint: str = "") -> EngineSession:

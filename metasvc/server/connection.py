@@ -21,6 +21,7 @@ from chunkstore.errors import AtollError
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api.frames import Frames
 from metasvc.api.volume_format import dump_format
+from metasvc.engine.leases import HELD_S
 from metasvc.model import Ino, SessionId
 from metasvc.server.session import MAX_NUMBER, MAX_OUTSTANDING, Misbehaved, ServedSession
 from metasvc.server.volumes import SessionEnded, Volume
@@ -159,6 +160,7 @@ class Connection:
             )
             session.attempt = hello.attempt
             session.outlet = self
+        session.take_leases(listens=hello.leases)
         welcome = pb.Welcome(
             protocol=PROTOCOL,
             session_id=session.session_id,
@@ -167,6 +169,7 @@ class Connection:
             keepalive_s=KEEPALIVE_S,
             expiry_s=volume.expiry_s,
             max_outstanding=MAX_OUTSTANDING,
+            lease_s=HELD_S,
         )
         self.send(pb.FromService(welcome=welcome).SerializeToString())
         return session

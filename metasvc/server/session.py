@@ -120,12 +120,24 @@ class ServedSession(EngineSession):
         counts.update(self._replies.opened(repeated))
         await self._engine.resume_session(self._session_id, counts, promised)
 
+    def take_leases(self, *, listens: bool) -> None:
+        """Give leases to the client, if it listens to recalls on the stream that has just begun. It has none now."""
+        if listens:
+            self._engine.leases.listen(self._session_id, self._call_back)
+        else:
+            self._engine.leases.forget(self._session_id)
+
+    def _call_back(self, ino: Ino, number: int) -> None:
+        self._send(pb.FromService(recalls=[pb.Recall(ino=ino, number=number)]).SerializeToString())
+
     def receive(self, message: pb.FromClient) -> None:
         """Take a message: start its requests. Raises Misbehaved, and then has started those before the wrong one."""
         self.heard_s = time.monotonic()
         if message.confirmed >= MAX_NUMBER:
             raise Misbehaved("confirms replies that nobody can have asked for")
         self._replies.confirm(message.confirmed)
+        if message.recalled:
+            self._engine.leases.given_back(self._session_id, message.recalled)
         for request in message.requests:
             self._start(request)
 
@@ -207,6 +219,10 @@ class ServedSession(EngineSession):
         def record(result: Any, tx: Tx) -> Replies:
             reply = _done(number, put, result)
             wire.put_inodes(tx.changed_inodes(directories), reply.directories)
+            made = [inode.ino for inode in tx.changed_inodes(tx.fresh) if inode.is_dir]
+            leases = self._engine.leases
+            reply.leased.extend(leases.extend(self._session_id, made=made, changed=directories))
+            reply.recalls = leases.recalls(self._session_id)
             return self._replies.keep(number, framed(reply))
 
         return record

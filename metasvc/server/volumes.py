@@ -139,6 +139,9 @@ class Volume:
             "loads": rows.loads_total,
             "used_bytes": self.engine.counter(USED_BYTES),
             "used_inodes": self.engine.counter(USED_INODES),
+            "leases": len(self.engine.leases),
+            "lease_recalls": self.engine.leases.recalls_total,
+            "lease_recalls_expired": self.engine.leases.expired_total,
         }
 
     def job_counters(self) -> dict[str, int]:
@@ -240,6 +243,7 @@ class Volume:
         await session.quiet()
         self._returned(session.session_id)
         await self.engine.end_session(session.session_id)
+        self.engine.leases.forget(session.session_id)
         self.sessions.pop(session.session_id, None)
 
     def _owned(self, work: Coroutine[None, None, T], *, name: str) -> asyncio.Task[T]:

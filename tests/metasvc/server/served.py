@@ -112,7 +112,9 @@ class Client:
 async def connected(service: Served, *, port: int | None = None, timeout_s: float = 60.0) -> AsyncIterator[Client]:
     """Begin a session and end it."""
     endpoint = service.endpoint(port=port)
-    connection = SessionConnection(endpoint, service.name, host="test", pid=1, mountpoint="/test", timeout_s=timeout_s)
+    connection = SessionConnection(
+        endpoint, service.name, host="test", pid=1, mountpoint="/test", timeout_s=timeout_s, takes_leases=True
+    )
     await connection.open(timeout_s=20)
     try:
         yield Client(

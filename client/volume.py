@@ -250,7 +250,8 @@ class ServiceVolume(OpenVolume):
         super().__init__(address, env=env, closing=closing)
         self._connection = connection
         self.admin = admin
-        self.meta = RemoteMeta(connection, remembers=has_kernel)
+        self.meta = self._remote = RemoteMeta(connection, remembers=has_kernel)
+        closing.push_async_callback(self._remote.close)
 
     @property
     def failure(self) -> AtollError | None:
@@ -263,6 +264,7 @@ class ServiceVolume(OpenVolume):
             "messages_sent_total": connection.messages_sent,
             "messages_received_total": connection.messages_received,
             "reconnections_total": connection.reconnections,
+            "opens_by_lease_total": self._remote.opens_by_lease,
         }
 
     @asynccontextmanager

@@ -23,8 +23,8 @@ what comes, and is the only one that completes requests and counts opens, so tha
 the replies that came; and one task asks for signs of life and looks for silence. A caller that is cancelled leaves its request
 behind: its reply still comes, and if it opened something that is released.
 
-Recalls of leases are numbered. A reply that was made before a recall may come after it: it gives no lease then, nor does one to
-a request that was sent on an earlier stream. What a recall ends has ended when the next message goes out, which says so.
+Recalls are answered in their order, each when what has
+to be said before that was said (`recalled` returns tasks that do).
 
 Nobody waits for a release: it goes out with the next request, or after `RELEASE_S`.
 """
@@ -35,8 +35,8 @@ import asyncio
 import errno
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from chunkstore.errors import AtollError
@@ -128,10 +128,13 @@ class SessionConnection:
         self._endpoint = endpoint
         self._volume = volume
         self._hello = pb.Hello(protocol=PROTOCOL, host=host, pid=pid, mountpoint=mountpoint, leases=takes_leases)
-        self.recalled: Callable[[Ino | None], None] | None = None
-        """Called with each directory whose lease ends, None for all: synchronously, before anything else is received."""
-        self._recalls = 0
-        """The number of the last recall on this stream."""
+        self.recalled: Callable[[Ino | None], Sequence[asyncio.Task[None]]] | None = None
+        """Called with each directory whose lease ends, None for all when there is another stream, before its Hello: at once,
+        before anything else is received. Returns what has to be done before the recall is answered."""
+        self._answering: deque[tuple[int, set[asyncio.Task[None]]]] = deque()
+        """Recalls that are not answered yet, and what is done for them."""
+        self._recalled = 0
+        """The recall up to which all were answered."""
         self._timeout_s = timeout_s
         self._frames: Frames | None = None
         """The stream, while one stands."""
@@ -332,8 +335,6 @@ class SessionConnection:
         if pending.is_repeated:
             # They are what they were when it was applied, which may be long ago.
             reply.ClearField("directories")
-        if pending.is_repeated or reply.recalls < self._recalls:
-            reply.ClearField("leased")
         if not reply.HasField("failure"):
             if reply.opens:
                 ino = Ino(reply.inodes.ino[0])
@@ -457,7 +458,8 @@ class SessionConnection:
     async def _greet(self, frames: Frames) -> None:
         hello = self._hello
         hello.attempt += 1
-        self._recalls = 0
+        self._recalled = 0
+        self._answering.clear()
         if self.recalled is not None:
             self.recalled(None)
         del hello.open_inos[:]
@@ -537,7 +539,7 @@ class SessionConnection:
             return
         while not frames.is_congested and ((batch := self._batch()) or self._sign_is_due):
             self._sign_is_due = False
-            message = pb.FromClient(requests=batch, confirmed=self._confirmed(), recalled=self._recalls)
+            message = pb.FromClient(requests=batch, confirmed=self._confirmed(), recalled=self._recalled)
             frames.send(message.SerializeToString())
             self.messages_sent += 1
         if self._is_ending and not self._pending:
@@ -568,15 +570,31 @@ class SessionConnection:
         self.messages_received += 1
         message = pb.FromService.FromString(data)
         for recall in message.recalls:
-            self._recalls = recall.number
-            if self.recalled is not None:
-                self.recalled(Ino(recall.ino))
-            self._sign_is_due = True
-            self._flush_soon()
+            self._call_back(Ino(recall.ino), recall.number)
         for reply in message.replies:
             self._receive(reply)
         if self._is_ending and not self._pending:
             self._flush_soon()
+
+    def _call_back(self, ino: Ino, number: int) -> None:
+        work = set(self.recalled(ino)) if self.recalled is not None else set()
+        self._answering.append((number, work))
+        for task in work:
+            task.add_done_callback(self._answer_recalls)
+        self._answer_recalls()
+
+    def _answer_recalls(self, _: object = None) -> None:
+        """Answer the recalls for which all was done."""
+        answering, before = self._answering, self._recalled
+        while answering and all(task.done() for task in answering[0][1]):
+            self._recalled = answering.popleft()[0]
+        if self._recalled != before:
+            self._sign_is_due = True
+            self._flush_soon()
+
+    def adopt(self, ino: Ino, count: int) -> None:
+        """Say at the next Hello that a file is open so often more than the service has heard of."""
+        self._opens[ino] += count
 
     async def _live(self, frames: Frames) -> None:
         """Give signs of life, and look for silence."""

@@ -443,7 +443,7 @@ class Vfs:
             return self._open_virtual(ino, flags)
         if self.options.read_only and flags & (os.O_ACCMODE | os.O_TRUNC):
             _refuse(E.EROFS)
-        opened = await self._meta.open(ino)
+        opened = await self._meta.open(ino, reading=not flags & (os.O_ACCMODE | os.O_TRUNC))
         if not opened.inode.is_file:
             await self._meta.release(ino)
             _refuse(E.EISDIR if opened.inode.is_dir else E.ENXIO)

@@ -156,9 +156,10 @@ class MetaClient(Protocol):
 
     # -- content -------------------------------------------------------------------------------------
 
-    async def open(self, ino: Ino) -> OpenFile:
+    async def open(self, ino: Ino, *, reading: bool = False) -> OpenFile:
         """Open: while a session has an inode open it is sustained after its last name went.
 
+        ``reading``: nothing is written by this open. Then the answer may come from a lease, and promises no room.
         Returns attributes and map in one trip, with the bytes of inline slices. Each open needs a release.
         """
         ...

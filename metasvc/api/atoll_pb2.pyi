@@ -391,6 +391,7 @@ class Request(_message.Message):
     PUNCH_FIELD_NUMBER: _builtins.int
     COPY_RANGE_FIELD_NUMBER: _builtins.int
     READ_MAPS_FIELD_NUMBER: _builtins.int
+    EXTEND_LEASES_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """1, 2, 3 … in a session. Repeated on a new connection it is the same request again, and is applied once."""
     @_builtins.property
@@ -447,6 +448,8 @@ class Request(_message.Message):
     def copy_range(self) -> Global___CopyRange: ...
     @_builtins.property
     def read_maps(self) -> Global___ReadMaps: ...
+    @_builtins.property
+    def extend_leases(self) -> Global___ExtendLeases: ...
     def __init__(
         self,
         *,
@@ -478,12 +481,13 @@ class Request(_message.Message):
         punch: Global___Punch | None = ...,
         copy_range: Global___CopyRange | None = ...,
         read_maps: Global___ReadMaps | None = ...,
+        extend_leases: Global___ExtendLeases | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["allocate_slices", b"allocate_slices", "commit", b"commit", "copy_range", b"copy_range", "create", b"create", "getattr", b"getattr", "getxattr", b"getxattr", "link", b"link", "listxattr", b"listxattr", "lookup", b"lookup", "mknod", b"mknod", "open", b"open", "operation", b"operation", "punch", b"punch", "read_map", b"read_map", "read_maps", b"read_maps", "readdir", b"readdir", "readlink", b"readlink", "release", b"release", "removexattr", b"removexattr", "rename", b"rename", "reserve", b"reserve", "resolve", b"resolve", "rmdir", b"rmdir", "setattr", b"setattr", "setxattr", b"setxattr", "statfs", b"statfs", "symlink", b"symlink", "unlink", b"unlink"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allocate_slices", b"allocate_slices", "commit", b"commit", "copy_range", b"copy_range", "create", b"create", "extend_leases", b"extend_leases", "getattr", b"getattr", "getxattr", b"getxattr", "link", b"link", "listxattr", b"listxattr", "lookup", b"lookup", "mknod", b"mknod", "open", b"open", "operation", b"operation", "punch", b"punch", "read_map", b"read_map", "read_maps", b"read_maps", "readdir", b"readdir", "readlink", b"readlink", "release", b"release", "removexattr", b"removexattr", "rename", b"rename", "reserve", b"reserve", "resolve", b"resolve", "rmdir", b"rmdir", "setattr", b"setattr", "setxattr", b"setxattr", "statfs", b"statfs", "symlink", b"symlink", "unlink", b"unlink"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate_slices", b"allocate_slices", "commit", b"commit", "copy_range", b"copy_range", "create", b"create", "getattr", b"getattr", "getxattr", b"getxattr", "link", b"link", "listxattr", b"listxattr", "lookup", b"lookup", "mknod", b"mknod", "number", b"number", "open", b"open", "operation", b"operation", "punch", b"punch", "read_map", b"read_map", "read_maps", b"read_maps", "readdir", b"readdir", "readlink", b"readlink", "release", b"release", "removexattr", b"removexattr", "rename", b"rename", "reserve", b"reserve", "resolve", b"resolve", "rmdir", b"rmdir", "setattr", b"setattr", "setxattr", b"setxattr", "statfs", b"statfs", "symlink", b"symlink", "unlink", b"unlink"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate_slices", b"allocate_slices", "commit", b"commit", "copy_range", b"copy_range", "create", b"create", "extend_leases", b"extend_leases", "getattr", b"getattr", "getxattr", b"getxattr", "link", b"link", "listxattr", b"listxattr", "lookup", b"lookup", "mknod", b"mknod", "number", b"number", "open", b"open", "operation", b"operation", "punch", b"punch", "read_map", b"read_map", "read_maps", b"read_maps", "readdir", b"readdir", "readlink", b"readlink", "release", b"release", "removexattr", b"removexattr", "rename", b"rename", "reserve", b"reserve", "resolve", b"resolve", "rmdir", b"rmdir", "setattr", b"setattr", "setxattr", b"setxattr", "statfs", b"statfs", "symlink", b"symlink", "unlink", b"unlink"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["lookup", "resolve", "getattr", "readdir", "mknod", "symlink", "readlink", "link", "unlink", "rmdir", "rename", "setattr", "getxattr", "listxattr", "setxattr", "removexattr", "statfs", "open", "create", "release", "read_map", "allocate_slices", "reserve", "commit", "punch", "copy_range", "read_maps"]  # noqa: Y015
+    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["lookup", "resolve", "getattr", "readdir", "mknod", "symlink", "readlink", "link", "unlink", "rmdir", "rename", "setattr", "getxattr", "listxattr", "setxattr", "removexattr", "statfs", "open", "create", "release", "read_map", "allocate_slices", "reserve", "commit", "punch", "copy_range", "read_maps", "extend_leases"]  # noqa: Y015
     _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_operation) -> _WhichOneofReturnType_operation | None: ...
 
@@ -594,25 +598,51 @@ class ReadDir(_message.Message):
     INO_FIELD_NUMBER: _builtins.int
     AFTER_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
     ino: _builtins.int
     after: _builtins.bytes
     limit: _builtins.int
+    lease: _builtins.bool
+    """Give the session the lease on the directory, if it may have it."""
     def __init__(
         self,
         *,
         ino: _builtins.int = ...,
         after: _builtins.bytes | None = ...,
         limit: _builtins.int = ...,
+        lease: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_after", b"_after", "after", b"after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after", b"_after", "after", b"after", "ino", b"ino", "limit", b"limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after", b"_after", "after", b"after", "ino", b"ino", "lease", b"lease", "limit", b"limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__after: _TypeAlias = _typing.Literal["after"]  # noqa: Y015
     _WhichOneofArgType__after: _TypeAlias = _typing.Literal["_after", b"_after"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__after) -> _WhichOneofReturnType__after | None: ...
 
 Global___ReadDir: _TypeAlias = ReadDir  # noqa: Y015
+
+@_typing.final
+class ExtendLeases(_message.Message):
+    """Extend the leases that the session has, if nobody else changed these directories meanwhile: the reply names them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INOS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def inos(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        inos: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inos", b"inos"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtendLeases: _TypeAlias = ExtendLeases  # noqa: Y015
 
 @_typing.final
 class MakeNode(_message.Message):
@@ -1285,7 +1315,6 @@ class Reply(_message.Message):
     DIRECTORIES_FIELD_NUMBER: _builtins.int
     MAPS_FIELD_NUMBER: _builtins.int
     LEASED_FIELD_NUMBER: _builtins.int
-    RECALLS_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     end: _builtins.bool
     value: _builtins.bytes
@@ -1297,8 +1326,6 @@ class Reply(_message.Message):
     """Up to where the file that was opened may grow without a reserve."""
     is_new: _builtins.bool
     """The file that was opened was made by this request."""
-    recalls: _builtins.int
-    """How many recalls there were for the session when this was made: to one that has seen more, it gives no leases."""
     @_builtins.property
     def failure(self) -> Global___Failure:
         """Set if the operation failed. Nothing else is set then."""
@@ -1323,7 +1350,7 @@ class Reply(_message.Message):
 
     @_builtins.property
     def leased(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Of the directories that the request changed or made: those on which the session has the lease, from before it asked on."""
+        """Of the directories that the request named, changed or made: those on which the session has the lease."""
 
     def __init__(
         self,
@@ -1344,11 +1371,10 @@ class Reply(_message.Message):
         directories: Global___Inodes | None = ...,
         maps: _abc.Iterable[Global___MapOfFile] | None = ...,
         leased: _abc.Iterable[_builtins.int] | None = ...,
-        recalls: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["directories", b"directories", "failure", b"failure", "inodes", b"inodes", "map", b"map", "statfs", b"statfs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "directories", b"directories", "end", b"end", "failure", b"failure", "first", b"first", "inodes", b"inodes", "is_new", b"is_new", "leased", b"leased", "map", b"map", "maps", b"maps", "names", b"names", "number", b"number", "opens", b"opens", "promised_end", b"promised_end", "recalls", b"recalls", "statfs", b"statfs", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "directories", b"directories", "end", b"end", "failure", b"failure", "first", b"first", "inodes", b"inodes", "is_new", b"is_new", "leased", b"leased", "map", b"map", "maps", b"maps", "names", b"names", "number", b"number", "opens", b"opens", "promised_end", b"promised_end", "statfs", b"statfs", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self, cast
@@ -28,7 +28,7 @@ from metasvc.engine import content
 from metasvc.engine.committer import Committer
 from metasvc.engine.format import NEXT_INO, NEXT_SLICE
 from metasvc.engine.leases import Leases
-from metasvc.engine.memory import NeedRows, Rows
+from metasvc.engine.memory import ABSENT, NeedRows, Rows
 from metasvc.engine.owner import OWNER_TTL_S, Owner, boottime_s
 from metasvc.engine.reservations import Reservations
 from metasvc.engine.tx import Rule, Tx, refuse
@@ -95,7 +95,7 @@ class Engine:
         self._next_slice = 0
         self._renewal: asyncio.Task[None] | None = None
         self.held_back: set[asyncio.Task[Any]] = set()
-        """Tasks whose operation waits for a hold to end: nothing of it has been done, so it may be cancelled."""
+        """Tasks whose operation waits for a hold to end, or leases: nothing of it has been done, so it may be cancelled."""
         self._holding = asyncio.Lock()
         self._held_by: Hold | None = None
         self._unheld = asyncio.Event()
@@ -129,7 +129,7 @@ class Engine:
             engine._renewal = asyncio.create_task(engine._renew(), name="metasvc-owner")
             await engine._load_sessions()
             await engine._end_leftovers()
-            if keep_sessions and engine.sessions():
+            if any(session.secret for session in engine.sessions()):
                 engine.leases.follow_another_owner()
             if not keep_sessions:
                 for session in engine.sessions():
@@ -193,7 +193,7 @@ class Engine:
         alive = {session.session_id for session in self.sessions()}
         for ino, holders in list(self._sustained.items()):
             for session_id in list(holders - alive):
-                await self.run(self._release_rule, session_id, ino)
+                await self.run(self._release_rule, session_id, ino, by=session_id)
         for table in (SLICE_RANGE, REPLIES):
             keys = [table.key_of(row) async for row in self._scan(table) if row[0] not in alive]
             for key in keys:
@@ -239,8 +239,8 @@ class Engine:
 
         ``then`` runs in the same stretch in which the changes come into force. ``record`` returns a row that becomes durable
         with the changes, if there are any. ``hold`` is what who holds back the changes of all others got for that;
-        ``of_session``: it belongs to the return of a session, for which others wait. ``by``: the session that asks for it: its
-        own leases are not called back.
+        ``of_session``: it belongs to the return of a session, for which others wait. ``by``: the session that asks for it; the
+        leases of others on what it changes are called back before it comes into force.
         """
         for attempt in range(MAX_RUNS):
             self._check()
@@ -257,14 +257,18 @@ class Engine:
                 if tx.read_batch > self.rows.durable_batch:
                     await self.committer.wait(tx.read_batch)
                 raise
-            batch, recall = tx.read_batch, None
+            batch = tx.read_batch
             changes = tx.finish()
             if changes:
                 if self._held_by is not None and self._held_by is not hold:
-                    await self._held_back(self._unheld)
+                    await self._held_back(self._unheld.wait())
                     continue
                 if not (of_session or self._all_returned.is_set()):
-                    await self._held_back(self._all_returned)
+                    await self._held_back(self._all_returned.wait())
+                    continue
+                recall = self.leases.call_back(changes, self._inode_before, by=by)
+                if recall is not None:
+                    await self._held_back(recall.answered())
                     continue
                 if record is not None:
                     replies = record(result, tx)
@@ -272,7 +276,6 @@ class Engine:
                 if self.watch is not None:
                     self.watch(changes, tx.fresh)
                 batch = self.committer.add(changes, tx.fresh)
-                recall = self.leases.add(changes, by=by)
                 for (holder, ino), row in changes.get(SUSTAINED, {}).items():
                     self._note_sustained(holder, ino, is_kept=row is not None)
             self.operations_total += 1
@@ -280,17 +283,20 @@ class Engine:
                 then(result)
             if batch > self.rows.durable_batch:
                 await self.committer.wait(batch)
-            if recall is not None:
-                await recall.answered()
             return result
         raise StoreError(f"a metadata operation asked for rows {MAX_RUNS} times; the memory limit is too small")
 
-    async def _held_back(self, event: asyncio.Event) -> None:
+    def _inode_before(self, ino: Ino) -> Inode | None:
+        """Return an inode as it is before a change that a rule has made of it; None for a new one."""
+        inode = self.rows.get(INODE, ino)
+        return None if inode is ABSENT else cast("Inode | None", inode)
+
+    async def _held_back(self, end: Coroutine[Any, Any, object]) -> None:
         task = asyncio.current_task()
         assert task is not None
         self.held_back.add(task)
         try:
-            await event.wait()
+            await end
         finally:
             self.held_back.discard(task)
 
@@ -381,7 +387,7 @@ class Engine:
         await self._let_go(session_id, [ino for ino, holders in self._opens.items() if session_id in holders])
         sustained = await self.run(lambda tx: list(tx.group(SUSTAINED, session_id)))
         for ino in sustained:
-            await self.run(self._release_rule, session_id, ino)
+            await self.run(self._release_rule, session_id, ino, by=session_id)
 
         def end(tx: Tx) -> None:
             for first in tx.group(SLICE_RANGE, session_id):
@@ -424,7 +430,7 @@ class Engine:
                 self.reservations.release(ino)
         for ino in inos:
             if session_id in self._sustained.get(ino, ()):
-                await self.run(self._release_rule, session_id, ino, of_session=True)
+                await self.run(self._release_rule, session_id, ino, of_session=True, by=session_id)
 
     def _note_sustained(self, session_id: SessionId, ino: Ino, *, is_kept: bool) -> None:
         holders = self._sustained.setdefault(ino, set())
@@ -459,7 +465,7 @@ class Engine:
             del self._opens[ino]
             self.reservations.release(ino)
         if session_id in self._sustained.get(ino, ()):
-            await self.run(self._release_rule, session_id, ino)
+            await self.run(self._release_rule, session_id, ino, by=session_id)
 
     async def allocate_slices(self, session_id: SessionId, count: int) -> range:
         """Take slice ids for a session; durable before they are handed out, so never handed out again."""

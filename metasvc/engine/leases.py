@@ -1,30 +1,36 @@
-"""Leases on directories: by one a client answers for itself that a name is absent.
+"""Leases on directories: what lets a client answer by itself what the service has told it.
 
-Owns, for one volume: which session has the lease on which directory and until when, and which leases were called back and not
+Owns, for one volume: which sessions have leases on which directories and until when, and which leases were called back and not
 given back yet. Must not know messages: a session that takes leases says how it is told of recalls (`listen`).
 
-Why. Who makes or renames a file looks the new name up first, and a program that unpacks a tree does so with every name: two of
-the six trips of a file. A cache that is only so old would break the promise that what one client closed the next one opens.
+Why. A trip to the service costs 250 us and more. Who makes or renames a file looks the new name up first: two of the six trips
+of unpacking a file. Who reads a dataset opens one small file after the other: one trip each. A cache that is only so old would
+break the promise that what one client has closed the next one opens.
 
-What it says. The session that made a directory gets the lease with the reply: it knows every name there, none, and from then
-on the names that it adds itself. Each change that it makes there extends the lease by `TERM_S`. The first name that anybody
-else adds ends it for good: a lease is given with a new directory only, so sessions that work in one directory pay for one
-recall. Names that go need no recall: the holder asks about names that it has heard of.
+What it says. Nobody but the holder changes the directory: its names and its attributes, and the attributes and contents of the
+files that have their only name there. (Not what lies in its subdirectories; but a change of a subdirectory's own attributes
+is one of its parent's, too.) A session gets one with the reply that made a directory, or that lists it, and then knows all
+that the reply shows. Its own changes there extend it, others' changes end it: before the change comes into force it is called
+back. After that nobody gets one by listing for `SHARED_S`, so sessions that write to one directory pay for one recall.
 
 Invariants:
 
-1. One session at most has the lease on a directory.
-2. Who adds a name to a directory on which another session has the lease is answered when the holder has given it back, or when
-   it has run out. (What others read meanwhile may show the name: replies to reads do not wait.)
-3. The holder believes in a lease for `HELD_S` from before it sent the request that extended it, on a clock that runs on while
-   the machine sleeps; here it counts `TERM_S` from when the change came into force, hence to a later moment.
-4. An owner does not know what the last one gave. So for `TERM_S` after it took over whoever adds a name is answered no sooner.
+1. A change comes into force when all others who have a lease on a directory that it concerns have given it back, or it has
+   run out.
+2. A holder believes in a lease for `HELD_S` from before it sent the request whose reply has it, on a clock that runs on while
+   the machine sleeps; here it counts `TERM_S` from when the request was run, hence to a later moment.
+3. A lease that has run out is kept here until somebody else changes the directory: that it is kept says that what its holder
+   knew is still so, and it may be extended.
+4. An owner does not know what the last one gave. So for `TERM_S` after it took over, or until all sessions of that time have
+   connected anew, changes do not come into force.
 
-Interleavings. All is done in stretches without an await, the recall in the stretch in which the name comes into force, so no
-extension comes between. The recall may overtake the reply to a request that extended the lease before it: recalls to a session
-are numbered, a reply says how many there were when it was made, and the client takes no lease from one that says too few. A
-client that connects anew has dropped what it held. The end of a session ends no lease: its client may not know yet. One who
-waits may be cancelled; a holder that is gone, or cannot be told, delays him by `TERM_S` at most.
+Interleavings. All is done in stretches without an await. A change that concerns others' leases does not come into force in its
+stretch: it is run again from the start when they have answered. A lease that was called back is remembered as `pending` until
+then, so whoever comes meanwhile waits as well, and one who waits may be cancelled. A recall may overtake the reply that brought
+the lease: the client takes nothing from a reply if there was a recall since it asked. A client that connects anew, or says
+goodbye, has dropped what it held. Otherwise the end of a session ends no lease: its client may not know yet. A holder that
+is gone, or cannot be told, delays others by `TERM_S`. (A client on a machine that is halted together with its clock, as a
+hypervisor may do, believes for as much longer.)
 """
 
 from __future__ import annotations
@@ -32,22 +38,32 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, cast
 
 from metasvc.engine.owner import boottime_s
-from metasvc.model import Ino, SessionId
-from metasvc.store.tables import DENTRY, Row, Table
+from metasvc.model import Ino, Inode, SessionId
+from metasvc.store.tables import DENTRY, INODE, Row, Table
 
 TERM_S: Final = 1.0
 HELD_S: Final = 0.9
 """For how long a client believes in a lease: less than `TERM_S`, for clocks that do not run alike."""
-MAX_LEASES: Final = 16_384
-"""Of a volume: 3 MiB. A directory more is not leased while none has run out."""
+SHARED_S: Final = 10.0
+MAX_DIRECTORIES: Final = 16_384
+"""With leases, of a volume: 5 MiB. One more is not leased while none has run out."""
+MAX_HOLDERS: Final = 4096
+"""Of a directory: a recall of so many is 10 ms of the event loop."""
 
 
-class _Lease(NamedTuple):
-    holder: SessionId
-    until_s: float
+class _Recalled:
+    """A lease that was called back and not given back yet."""
+
+    __slots__ = ("answer", "holder", "number", "until_s")
+
+    def __init__(self, holder: SessionId, number: int, until_s: float) -> None:
+        self.holder = holder
+        self.number = number
+        self.until_s = until_s
+        self.answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
 
 class _Holder:
@@ -58,8 +74,8 @@ class _Holder:
     def __init__(self, tell: Callable[[Ino, int], None]) -> None:
         self.tell = tell
         self.recalls = 0
-        self.waiting: dict[int, asyncio.Future[None]] = {}
-        """By the numbers of the recalls that were not answered."""
+        self.waiting: dict[int, tuple[Ino, _Recalled]] = {}
+        """The recalls that were not answered, by their numbers."""
 
 
 class Leases:
@@ -67,9 +83,14 @@ class Leases:
 
     def __init__(self, *, now_s: Callable[[], float] = boottime_s) -> None:
         self._now_s = now_s
-        self._leases: OrderedDict[Ino, _Lease] = OrderedDict()
-        """By when they were extended last."""
+        self._leases: OrderedDict[Ino, dict[SessionId, float]] = OrderedDict()
+        """Who has one, and until when; by when one on the directory was given or extended last."""
+        self._shared: OrderedDict[Ino, float] = OrderedDict()
+        """Directories whose leases were called back, and until when nobody gets one by listing."""
+        self._pending: dict[Ino, list[_Recalled]] = {}
+        """Leases that were called back: their holders may believe in them."""
         self._holders: dict[SessionId, _Holder] = {}
+        self._unknown: asyncio.Future[None] | None = None
         self._unknown_until_s = 0.0
         self.recalls_total = 0
         self.expired_total = 0
@@ -79,142 +100,195 @@ class Leases:
         return len(self._leases)
 
     def follow_another_owner(self) -> None:
-        """Heed, for as long as they last, the leases that an earlier owner may have given. Call after taking over."""
+        """Heed, while they last, the leases that an earlier owner may have given. Call after taking over."""
+        self._unknown = asyncio.get_running_loop().create_future()
         self._unknown_until_s = self._now_s() + TERM_S
+
+    def all_connected_anew(self) -> None:
+        """Take note that every session of the earlier owner's time has dropped what it held, or has ended for good."""
+        if self._unknown is not None:
+            if not self._unknown.done():
+                self._unknown.set_result(None)
+            self._unknown = None
 
     # -- holders ------------------------------------------------------------------------------------------------------------
 
     def listen(self, session_id: SessionId, tell: Callable[[Ino, int], None]) -> None:
-        """Give leases to a session from now on. It has none now, whatever it had.
+        """Give leases to a session from now on. It has none now, whatever it had. Cost: 1 ms.
 
         ``tell`` is called with a directory and the number of the recall; it must not block, and may do nothing if the client
         cannot be reached.
         """
+        self.drop(session_id)
         former = self._holders.get(session_id)
         holder = self._holders[session_id] = _Holder(tell)
-        if former is not None:
-            holder.recalls = former.recalls
-            _give_back(former, former.recalls)
+        holder.recalls = 0 if former is None else former.recalls
+
+    def drop(self, session_id: SessionId) -> None:
+        """Take note that a session holds nothing any more: its client says so."""
+        for ino in [ino for ino, holders in self._leases.items() if session_id in holders]:
+            del self._leases[ino][session_id]
+            if not self._leases[ino]:
+                del self._leases[ino]
+        holder = self._holders.get(session_id)
+        if holder is not None:
+            self.given_back(session_id, holder.recalls)
 
     def forget(self, session_id: SessionId) -> None:
-        """Give no more leases to a session that has ended. Those that it has run out by themselves."""
+        """Give no more leases to a session. Those that it has run out by themselves."""
         self._holders.pop(session_id, None)
 
-    def recalls(self, session_id: SessionId) -> int:
-        """Return how many leases were called back from a session so far."""
-        holder = self._holders.get(session_id)
-        return 0 if holder is None else holder.recalls
+    def give(self, session_id: SessionId, ino: Ino) -> bool:
+        """Give a session the lease on a directory that it is about to read; return whether it has it now."""
+        if session_id not in self._holders:
+            return False
+        now_s = self._now_s()
+        until_s = self._shared.get(ino)
+        if until_s is not None:
+            if until_s > now_s:
+                return False
+            del self._shared[ino]
+        return self._put(ino, session_id, now_s)
 
-    def extend(self, session_id: SessionId, *, made: Iterable[Ino], changed: Iterable[Ino]) -> list[Ino]:
-        """Return the directories on which a session has the lease from now on, of those that a change of its has touched.
+    def extend(self, session_id: SessionId, inos: Iterable[Ino], *, made: Iterable[Ino] = ()) -> list[Ino]:
+        """Return those of some directories on which a session has the lease, from now on for `TERM_S`.
 
-        Call in the stretch in which the change comes into force.
+        ``made``: directories that it makes, on which it gets it. Call in the stretch of the change, if one is the reason.
         """
         if session_id not in self._holders:
             return []
-        leases = self._leases
-        lease = _Lease(session_id, self._now_s() + TERM_S)
-        extended = [ino for ino in changed if (have := leases.get(ino)) is not None and have.holder == session_id]
+        now_s, leases = self._now_s(), self._leases
+        extended = [ino for ino in inos if session_id in leases.get(ino, ())]
         for ino in extended:
-            leases[ino] = lease
+            leases[ino][session_id] = now_s + TERM_S
             leases.move_to_end(ino)
-        for ino in made:
-            if self._has_room():
-                leases[ino] = lease
-                extended.append(ino)
+        extended += [ino for ino in made if self._put(ino, session_id, now_s)]
         return extended
 
-    def _has_room(self) -> bool:
-        if len(self._leases) >= MAX_LEASES:
-            oldest = next(iter(self._leases))
-            if self._leases[oldest].until_s > self._now_s():
-                return False
-            del self._leases[oldest]
+    def _put(self, ino: Ino, session_id: SessionId, now_s: float) -> bool:
+        leases = self._leases
+        holders = leases.get(ino)
+        if holders is None:
+            if len(leases) >= MAX_DIRECTORIES:
+                oldest = next(iter(leases))
+                if max(leases[oldest].values()) > now_s:
+                    return False
+                del leases[oldest]
+            holders = leases[ino] = {}
+        elif len(holders) >= MAX_HOLDERS and session_id not in holders:
+            return False
+        holders[session_id] = now_s + TERM_S
+        leases.move_to_end(ino)
         return True
 
     def given_back(self, session_id: SessionId, number: int) -> None:
         """Take note that a session holds nothing any more of what was called back up to this recall."""
         holder = self._holders.get(session_id)
-        if holder is not None and holder.waiting:
-            _give_back(holder, number)
+        if holder is None or not holder.waiting:
+            return
+        for each in [each for each in holder.waiting if each <= number]:
+            ino, recalled = holder.waiting.pop(each)
+            recalled.answer.set_result(None)
+            pending = self._pending.get(ino, [])
+            if recalled in pending:
+                pending.remove(recalled)
+                if not pending:
+                    del self._pending[ino]
 
-    # -- those who add names --------------------------------------------------------------------------------------------------
+    # -- those who change something -----------------------------------------------------------------------------------------
 
-    def add(self, changes: Mapping[Table, Mapping[Any, Row | None]], *, by: SessionId | None) -> Recall | None:
-        """Call back what others hold on the directories in which a change adds names; what to wait for, if anything.
+    def call_back(
+        self,
+        changes: Mapping[Table, Mapping[Any, Row | None]],
+        inode_before: Callable[[Ino], Inode | None],
+        *,
+        by: SessionId | None,
+    ) -> Recall | None:
+        """Call back what others hold on the directories that a change concerns; what to wait for before it comes into force.
 
-        Call in the stretch in which the change comes into force. Cost: 1 us for a name if there is nothing to do.
+        None if there is nothing to wait for: then the change must come into force in this stretch. Cost: 1 us for a row.
         """
-        dentries = changes.get(DENTRY)
-        if not dentries:
+        is_unknown = self._unknown is not None and self._unknown_until_s > self._now_s()
+        if not self._leases and not self._pending and not is_unknown:
+            return None
+        concerned: set[Ino] = {parent for parent, _ in changes.get(DENTRY, ())}
+        for ino, row in changes.get(INODE, {}).items():
+            before, after = inode_before(ino), cast("Inode | None", row)
+            if before is not None and before.is_dir:
+                if after is not None and after._replace(child_bytes=before.child_bytes) == before:
+                    continue  # what its files take, which nobody is shown
+                concerned.add(ino)
+            concerned.update(inode.parent for inode in (before, after) if inode is not None)
+        if not concerned:
             return None
         now_s = self._now_s()
-        is_added = False
-        recall = Recall(self, self._now_s)
-        for (parent, _), row in dentries.items():
-            if row is None:
-                continue
-            is_added = True
-            lease = self._leases.get(parent)
-            if lease is None or lease.holder == by:
-                continue
-            del self._leases[parent]
-            if lease.until_s > now_s:
-                self._call_back(parent, lease, recall)
-        if is_added and self._unknown_until_s > now_s:
-            recall.until_s = max(recall.until_s, self._unknown_until_s)
-            recall.is_blind = True
-        return recall if recall.until_s else None
+        recall = Recall(self._now_s)
+        if is_unknown and self._unknown is not None:
+            recall.add(self._unknown, self._unknown_until_s)
+        for ino in concerned:
+            holders = self._leases.get(ino)
+            if holders is not None and (len(holders) > 1 or by not in holders):
+                self._call_back(ino, holders, by, now_s)
+            if ino in self._pending:
+                self._await(ino, by, now_s, recall)
+        return recall if recall.answers else None
 
-    def _call_back(self, ino: Ino, lease: _Lease, recall: Recall) -> None:
-        self.recalls_total += 1
-        recall.until_s = max(recall.until_s, lease.until_s)
-        holder = self._holders.get(lease.holder)
-        if holder is None:
-            recall.is_blind = True
-            return
-        holder.recalls += 1
-        answer = holder.waiting[holder.recalls] = asyncio.get_running_loop().create_future()
-        recall.answers.append(answer)
-        number = holder.recalls
-        answer.add_done_callback(lambda _: holder.waiting.pop(number, None))
-        holder.tell(ino, number)
+    def _call_back(self, ino: Ino, holders: dict[SessionId, float], by: SessionId | None, now_s: float) -> None:
+        for session_id, until_s in [each for each in holders.items() if each[0] != by]:
+            del holders[session_id]
+            if until_s <= now_s:
+                continue
+            self.recalls_total += 1
+            holder = self._holders.get(session_id)
+            number = 0
+            if holder is not None:
+                holder.recalls += 1
+                number = holder.recalls
+            recalled = _Recalled(session_id, number, until_s)
+            self._pending.setdefault(ino, []).append(recalled)
+            if holder is not None:
+                holder.waiting[number] = ino, recalled
+                holder.tell(ino, number)
+        if not holders:
+            del self._leases[ino]
+        self._shared[ino] = now_s + SHARED_S
+        self._shared.move_to_end(ino)
+        while len(self._shared) > MAX_DIRECTORIES:
+            self._shared.popitem(last=False)
+
+    def _await(self, ino: Ino, by: SessionId | None, now_s: float, recall: Recall) -> None:
+        """Let a change wait for those who may still believe in a lease on a directory."""
+        pending = self._pending[ino]
+        for recalled in list(pending):
+            if recalled.until_s <= now_s:
+                self.expired_total += 1
+                pending.remove(recalled)
+                if (holder := self._holders.get(recalled.holder)) is not None:
+                    holder.waiting.pop(recalled.number, None)
+            elif recalled.holder != by:
+                recall.add(recalled.answer, recalled.until_s)
+        if not pending:
+            del self._pending[ino]
 
 
 class Recall:
-    """Leases that were called back by one change."""
+    """What a change waits for."""
 
-    __slots__ = ("_leases", "_now_s", "answers", "is_blind", "until_s")
+    __slots__ = ("_now_s", "answers")
 
-    def __init__(self, leases: Leases, now_s: Callable[[], float]) -> None:
-        self._leases = leases
+    def __init__(self, now_s: Callable[[], float]) -> None:
         self._now_s = now_s
-        self.answers: list[asyncio.Future[None]] = []
-        self.until_s = 0.0
-        """When the last of them has run out."""
-        self.is_blind = False
-        """Somebody may hold a lease who cannot be asked."""
+        self.answers: list[tuple[asyncio.Future[None], float]] = []
+
+    def add(self, answer: asyncio.Future[None], until_s: float) -> None:
+        """Wait for an answer, others may do so too; no longer than until then."""
+        self.answers.append((answer, until_s))
 
     async def answered(self) -> None:
-        """Wait until they were given back, or have run out. May be cancelled."""
-        try:
-            while (left_s := self.until_s - self._now_s()) > 0:
-                waited = [answer for answer in self.answers if not answer.done()]
-                if waited:
-                    await asyncio.wait(waited, timeout=left_s)
-                elif self.is_blind:
-                    await asyncio.sleep(left_s)
-                else:
-                    return
-        finally:
-            for answer in self.answers:
-                if not answer.done():
-                    self._leases.expired_total += 1
-                    answer.cancel()
-
-
-def _give_back(holder: _Holder, number: int) -> None:
-    for each in [each for each in holder.waiting if each <= number]:
-        answer = holder.waiting.pop(each)
-        if not answer.done():
-            answer.set_result(None)
+        """Wait until all leases were given back, or have run out. May be cancelled."""
+        while True:
+            now_s = self._now_s()
+            left = [(answer, until_s) for answer, until_s in self.answers if not answer.done() and until_s > now_s]
+            if not left:
+                return
+            await asyncio.wait([answer for answer, _ in left], timeout=min(until_s for _, until_s in left) - now_s)

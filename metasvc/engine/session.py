@@ -111,6 +111,16 @@ class EngineSession:
         found: list[Inode | None] = await self._run(rule)
         return found
 
+    def lease(self, inos: Sequence[Ino], *, give: bool) -> list[Ino]:
+        """Extend leases on directories, or ``give`` them; return those that the session has.
+
+        Call before what is to be known by them is read.
+        """
+        leases = self._engine.leases
+        if give:
+            return [ino for ino in inos if leases.give(self._session_id, ino)]
+        return leases.extend(self._session_id, inos)
+
     async def readdir(self, ino: Ino, *, after: bytes | None, limit: int) -> DirPage:
         return await self._listing.page(ino, after=after, limit=limit)
 
@@ -187,7 +197,7 @@ class EngineSession:
     def _opened(self, result: OpenFile) -> None:
         self._engine.opened(self._session_id, result.inode.ino)
 
-    async def open(self, ino: Ino, *, again: bool = False) -> OpenFile:
+    async def open(self, ino: Ino, *, reading: bool = False, again: bool = False) -> OpenFile:
         """Open. ``again``: the client had it open before, so that it may be one that has no name any more."""
         await self._listing.expect_content(ino)
 

@@ -189,6 +189,7 @@ class Connection:
             raise Misbehaved("Hello comes once in a stream")
         session.receive(message)
         if message.goodbye:
+            session.drop_leases()
             self._ended.set_result(True)
         elif not message.requests and (not self._out or self._out[-1]):
             # A sign of life, answered by one: an empty message. One that waits is enough.

@@ -103,11 +103,11 @@ class _Volumes(Collector):
             "atoll_meta_memory_limit_bytes": "What rows in memory may take.",
             "atoll_meta_used_bytes": "Bytes of the volume's files.",
             "atoll_meta_used_inodes": "Inodes of the volume.",
-            "atoll_meta_leases": "Directories on which a session has the lease, or had it last.",
+            "atoll_meta_leases": "Directories on which sessions have leases, or had them last.",
         }
         counters = {
             "atoll_meta_sessions_expired": "Sessions that were ended because nothing was heard of them.",
-            "atoll_meta_lease_recalls": "Leases that were called back because another session added a name.",
+            "atoll_meta_lease_recalls": "Leases that were called back because another session changed the directory.",
             "atoll_meta_lease_recalls_expired": "Recalls that were not answered before the lease ran out.",
             "atoll_meta_loads": "Trips to the store for rows that were not in memory.",
             "atoll_meta_jobs_runs": "Times that a background job looked for work, by job.",

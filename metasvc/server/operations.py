@@ -133,6 +133,15 @@ def _put_inodes(inodes: Any, into: pb.Reply) -> None:
     wire.put_inodes([inode for inode in inodes if inode is not None], into.inodes)
 
 
+def _put_leased(leased: Any, into: pb.Reply) -> None:
+    into.leased.extend(leased)
+
+
+def _put_leased_page(found: Any, into: pb.Reply) -> None:
+    wire.put_page(found[0], into)
+    _put_leased(found[1], into)
+
+
 def _put_value(value: bytes, into: pb.Reply) -> None:
     into.value = value
 
@@ -261,7 +270,16 @@ async def _read_maps(session: EngineSession, message: pb.ReadMaps, _: Caller) ->
 
 async def _readdir(session: EngineSession, message: pb.ReadDir, _: Caller) -> Any:
     after = message.after if message.HasField("after") else None
-    return await session.readdir(_ino(message.ino), after=after, limit=max(1, min(message.limit, MAX_ENTRIES)))
+    ino = _ino(message.ino)
+    leased = session.lease([ino], give=True) if message.lease else []
+    page = await session.readdir(ino, after=after, limit=max(1, min(message.limit, MAX_ENTRIES)))
+    return page, leased
+
+
+async def _extend_leases(session: EngineSession, message: pb.ExtendLeases, _: Caller) -> Any:
+    if len(message.inos) > MAX_ENTRIES:
+        raise _refuse(f"more than {MAX_ENTRIES} leases at once")
+    return session.lease([Ino(number) for number in message.inos], give=False)
 
 
 _IN: Final = ("parent",)
@@ -269,7 +287,8 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "lookup": Operation(lambda s, m, c: s.lookup(_ino(m.parent), m.name), _put_inode),
     "resolve": Operation(_resolve, _put_inodes),
     "getattr": Operation(_getattr, _put_inodes),
-    "readdir": Operation(_readdir, wire.put_page),
+    "readdir": Operation(_readdir, _put_leased_page),
+    "extend_leases": Operation(_extend_leases, _put_leased),
     "mknod": Operation(_mknod, _put_inode, directories=_IN),
     "symlink": Operation(lambda s, m, c: s.symlink(c, _ino(m.parent), m.name, m.target), _put_inode, directories=_IN),
     "readlink": Operation(lambda s, m, c: s.readlink(_ino(m.ino)), _put_value),

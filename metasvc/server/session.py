@@ -127,6 +127,10 @@ class ServedSession(EngineSession):
         else:
             self._engine.leases.forget(self._session_id)
 
+    def drop_leases(self) -> None:
+        """Take note that the client holds nothing any more: it has said goodbye."""
+        self._engine.leases.drop(self._session_id)
+
     def _call_back(self, ino: Ino, number: int) -> None:
         self._send(pb.FromService(recalls=[pb.Recall(ino=ino, number=number)]).SerializeToString())
 
@@ -208,6 +212,8 @@ class ServedSession(EngineSession):
             metrics.observe_request(name, duration_s, failed=failed)
         if duration_s > SLOW_S:
             log.warning("request %d (%s) of session %d took %.1f s", number, name, self._session_id, duration_s)
+        # Before the answer goes out: by it the client knows that it may ask for one more.
+        self._running.pop(number, None)
         self._send(answer)
 
     def _recorder(self, caller: Caller) -> Callable[[Any, Tx], Replies] | None:
@@ -221,8 +227,7 @@ class ServedSession(EngineSession):
             wire.put_inodes(tx.changed_inodes(directories), reply.directories)
             made = [inode.ino for inode in tx.changed_inodes(tx.fresh) if inode.is_dir]
             leases = self._engine.leases
-            reply.leased.extend(leases.extend(self._session_id, made=made, changed=directories))
-            reply.recalls = leases.recalls(self._session_id)
+            reply.leased.extend(leases.extend(self._session_id, directories, made=made))
             return self._replies.keep(number, framed(reply))
 
         return record

@@ -178,7 +178,9 @@ class Volume:
         with self.engine.sessions_awaited(), suppress(TimeoutError):
             async with asyncio.timeout(return_s):
                 await self._all_returned.wait()
-        if self._absent:
+        if not self._absent:
+            self.engine.leases.all_connected_anew()
+        else:
             log.warning("volume %s: sessions %s have not returned", self.name, sorted(self._absent))
 
     async def close(self) -> None:

@@ -116,11 +116,11 @@ async def connected(service: Served, *, port: int | None = None, timeout_s: floa
         endpoint, service.name, host="test", pid=1, mountpoint="/test", timeout_s=timeout_s, takes_leases=True
     )
     await connection.open(timeout_s=20)
+    meta = RemoteMeta(connection, remembers=True)
     try:
-        yield Client(
-            connection, RemoteMeta(connection, remembers=True), RemoteAdmin(endpoint, service.name, timeout_s=20)
-        )
+        yield Client(connection, meta, RemoteAdmin(endpoint, service.name, timeout_s=20))
     finally:
+        await meta.close()
         await connection.close()
 
 

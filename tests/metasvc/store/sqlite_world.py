@@ -9,8 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from metasvc.store import Store
+from metasvc.store import Store, VolumeStore
 from metasvc.store.sqlite import SqliteStore
+from metasvc.store.tables import COUNTER
 from tests.metasvc.store.contract import World
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -22,17 +23,25 @@ class SqliteWorld(World):
 
     lasting = True
 
-    def __init__(self, directory: Path, *, clock: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self, directory: Path, *, clock: Callable[[], float] | None = None, journal_after: int | None = None
+    ) -> None:
         super().__init__()
         self.path = directory / "meta.db"
         self.lock_path = directory / "meta.db.1.owner"
-        self._options: dict[str, Any] = {} if clock is None else {"clock": clock}
+        self.journal_path = directory / "meta.db.1.journal"
+        options = {"clock": clock, "journal_after": journal_after}
+        self._options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
 
     async def open_store(self) -> Store:
         return await SqliteStore.open(str(self.path), create=True, **self._options)
 
     async def lapse(self) -> None:
         self.lock_path.unlink()
+
+    async def show(self, volume: VolumeStore) -> None:
+        # What is in a journal becomes rows as soon as something that reads needs it, a scan for instance.
+        await volume.scan(COUNTER, after=None, limit=0)
 
     def files(self) -> dict[str, int]:
         """Return names and modes of the files in the database's directory."""

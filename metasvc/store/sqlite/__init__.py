@@ -25,7 +25,7 @@ from metasvc.api.volume_format import dump_format, parse_format
 from metasvc.errors import StoreError, VolumeExists, VolumeMissing
 from metasvc.model import VolumeFormat
 from metasvc.store.sqlite.database import connect_reader, connect_writer, prepare, transaction
-from metasvc.store.sqlite.journal import Journal, JournalPaths
+from metasvc.store.sqlite.journal import HALF_BYTES, Journal, JournalPaths
 from metasvc.store.sqlite.owner_lock import OwnerLock
 from metasvc.store.sqlite.ownership import not_owner
 from metasvc.store.sqlite.rows import apply_batch, delete_some_rows
@@ -44,7 +44,7 @@ _DELETE_PAUSE_S: Final = 0.02
 class SqliteStore:
     """One database file with the volumes of many tenants."""
 
-    def __init__(self, path: str, *, clock: Callable[[], float], journal_after: int) -> None:
+    def __init__(self, path: str, *, clock: Callable[[], float], journal_after: int, half_bytes: int) -> None:
         """Use open()."""
         self._path = path = os.path.abspath(path)
         self._clock = clock
@@ -52,6 +52,7 @@ class SqliteStore:
         self._readers = ConnectionThreads(path, partial(connect_reader, path), name="sqlite-reader", limit=_READERS)
         self._writes = ConnectionThreads(path, JournalThread, name="sqlite-journal", limit=1)
         self._journal_after = journal_after
+        self._half_bytes = half_bytes
         self._journals: dict[int, Journal] = {}
         self._volumes: list[SqliteVolume] = []
 
@@ -63,15 +64,16 @@ class SqliteStore:
         create: bool = False,
         clock: Callable[[], float] = time.time,
         journal_after: int = JOURNAL_AFTER,
+        half_bytes: int = HALF_BYTES,
     ) -> Self:
         """Open the database at a path; with ``create`` make it if it is missing or empty.
 
         ``clock`` gives seconds and must be one that all processes share. An owner makes a journal after ``journal_after``
-        commits, with 0 before the first. The schema is brought up to date. Raises
+        commits, with 0 before the first, of two halves of ``half_bytes``. The schema is brought up to date. Raises
         VolumeMissing if there is no file, StoreError if it is none of ours or unusable, SchemaTooNew. Cost: about 10 ms
         to create, 2 ms to open.
         """
-        store = cls(path, clock=clock, journal_after=journal_after)
+        store = cls(path, clock=clock, journal_after=journal_after, half_bytes=half_bytes)
         try:
             async with asyncio.timeout(CALL_DEADLINE_S):
                 await asyncio.to_thread(prepare, store._path, create=create)
@@ -92,6 +94,7 @@ class SqliteStore:
             writes=self._writes,
             journals=self._journals,
             journal_after=self._journal_after,
+            half_bytes=self._half_bytes,
             paths=JournalPaths(self._path, volume_id),
             lock=OwnerLock(self._path, volume_id),
             clock=self._clock,

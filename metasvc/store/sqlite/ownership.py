@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from metasvc.errors import Fenced, NotOwner, StoreRefused
 from metasvc.store import Ownership
 from metasvc.store.sqlite.database import WriterConnection, transaction, unlocked_only
-from metasvc.store.sqlite.journal import Journal, JournalPaths
-from metasvc.store.sqlite.journal_format import Contents, Header, unpack_batch
+from metasvc.store.sqlite.journal import Journal, JournalPaths, read_taken
+from metasvc.store.sqlite.journal_format import Header, unpack_batch
 from metasvc.store.sqlite.owner_lock import OwnerLock
 from metasvc.store.sqlite.rows import apply_batch
 from metasvc.store.tables import Batch
@@ -79,13 +79,12 @@ def acquire(
                 # Two owners through one handle: the lock cannot tell them apart, the row can.
                 raise NotOwner(row[1], (row[2] - now_ns) / 1e9)
             # From here on no earlier owner's batch is acknowledged, by whatever way.
-            paths.take()
-            left = paths.read_taken()
             last_batch = row[4]
-            if left is not None:
-                last_batch = _apply_left(
-                    connection, volume_id, uuid, left, paths.taken, epoch=row[3], last_batch=row[4]
-                )
+            for journal_epoch, path in paths.take():
+                if journal_epoch > row[3]:
+                    raise _other_history(path, f"is of epoch {journal_epoch}, the database of epoch {row[3]}")
+                if journal_epoch == row[3]:
+                    last_batch = _apply_left(connection, volume_id, uuid, path, epoch=row[3], last_batch=row[4])
             values = (nonce, address, now_ns + ttl_ns, last_batch, volume_id)
             taken = connection.execute(_ACQUIRE, values).fetchone()
         paths.remove()
@@ -98,24 +97,15 @@ def acquire(
 
 
 def _apply_left(
-    connection: sqlite3.Connection,
-    volume_id: int,
-    uuid: str,
-    left: Contents,
-    path: str,
-    *,
-    epoch: int,
-    last_batch: int,
+    connection: sqlite3.Connection, volume_id: int, uuid: str, path: str, *, epoch: int, last_batch: int
 ) -> int:
-    """Apply what an owner left in its journal, in the transaction that is open; the number of the last batch then."""
+    """Apply what the last owner left in its journal, in the transaction that is open; the number of the last batch then."""
+    left = read_taken(path)
     header, records = left.header, left.records
-    if (header.volume_id, header.uuid) != (volume_id, uuid):
+    if (header.volume_id, header.uuid, header.epoch) != (volume_id, uuid, epoch):
         raise _other_history(path, "is of another volume")
-    if header.epoch > epoch:
-        raise _other_history(path, f"is of epoch {header.epoch}, the database of epoch {epoch}")
-    if header.epoch < epoch or not records or records[-1][0] < last_batch:
-        # Spent: whoever came after its owner, or its owner himself, brought all of it into the database.
-        return last_batch
+    if not records or records[-1][0] < last_batch:
+        return last_batch  # a large batch went past it
     if records[0][0] > last_batch + 1:
         raise _other_history(path, f"begins with batch {records[0][0]}, the database ends with batch {last_batch}")
     # All of the chain, though the database has its beginning: what SQLite could not sync is written again.

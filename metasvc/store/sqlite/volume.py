@@ -69,6 +69,7 @@ class SqliteVolume:
         writes: ConnectionThreads[JournalThread],
         journals: dict[int, Journal],
         journal_after: int,
+        half_bytes: int,
         paths: JournalPaths,
         lock: OwnerLock,
         clock: Callable[[], float],
@@ -81,6 +82,7 @@ class SqliteVolume:
         self._writes = writes
         self._journals = journals
         self._journal_after = journal_after
+        self._half_bytes = half_bytes
         self._paths = paths
         self._lock = lock
         self._clock = clock
@@ -210,9 +212,11 @@ class SqliteVolume:
     async def _begin_journal(self, ownership: Ownership) -> None:
         """Make a journal; where it cannot be made commits go on without. The next commit is the first in it."""
         self._direct_commits = 0
-        draft = partial(make_draft, self._paths, volume_id=self._id, epoch=ownership.epoch, uuid=self._format.uuid)
+        draft = partial(
+            make_draft, self._paths, volume_id=self._id, uuid=self._format.uuid, half_bytes=self._half_bytes
+        )
         try:
-            header = await asyncio.to_thread(draft)
+            header = await asyncio.to_thread(draft, epoch=ownership.epoch)
             await self._writer.call(owning.begin_journal, self._id, ownership, self._paths, header, self._journals)
         except Fenced:
             return  # the next commit says so

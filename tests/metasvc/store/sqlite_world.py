@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,15 +22,16 @@ class SqliteWorld(World):
 
     lasting = True
 
-    def __init__(
-        self, directory: Path, *, clock: Callable[[], float] | None = None, journal_after: int | None = None
-    ) -> None:
+    def __init__(self, directory: Path, **options: Any) -> None:
+        """``options`` are those of SqliteStore.open()."""
         super().__init__()
         self.path = directory / "meta.db"
         self.lock_path = directory / "meta.db.1.owner"
-        self.journal_path = directory / "meta.db.1.journal"
-        options = {"clock": clock, "journal_after": journal_after}
-        self._options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        self._options = options
+
+    def journal_path(self, epoch: int = 1) -> Path:
+        """Return the path of the journal of volume 1's owner with an epoch."""
+        return self.path.with_name(f"meta.db.1.journal-{epoch}")
 
     async def open_store(self) -> Store:
         return await SqliteStore.open(str(self.path), create=True, **self._options)

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import random
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -25,8 +26,9 @@ from metasvc.errors import Fenced, SchemaTooNew, StoreError, StoreRefused
 from metasvc.model import Counter, Dentry, Ino, Slice
 from metasvc.store import Ownership
 from metasvc.store.sqlite import SqliteStore
-from metasvc.store.sqlite.journal import Appended, Journal
+from metasvc.store.sqlite.journal import Appended, Journal, make_draft
 from metasvc.store.sqlite.journal_format import BLOCK_BYTES, pack_batch, pack_record
+from metasvc.store.sqlite.ownership import begin_journal
 from metasvc.store.sqlite.volume import SqliteVolume
 from metasvc.store.tables import COUNTER, DENTRY, SLICE, TABLES, Batch
 from tests.metasvc.store.contract import (
@@ -173,6 +175,24 @@ async def test_a_load_of_other_rows_does_not_wait_for_sqlite_and_a_load_of_chang
         assert len(await volume.scan_dir(1, after=None, limit=5)) == 1
 
 
+async def test_what_is_committed_directly_is_synced_after_the_journal_was_applied_without(world: SqliteWorld) -> None:
+    def level(connection: sqlite3.Connection) -> int:
+        return int(connection.execute("PRAGMA synchronous").fetchone()[0])
+
+    async with world.running():
+        volume, owner = await owned(world)
+        await volume.commit(owner, 1, counter(1))
+        await world.show(volume)
+        assert await volume._writer.call(level) == 2  # FULL
+        with contextlib.closing(sqlite3.connect(world.path, isolation_level=None)) as other:
+            other.execute("UPDATE volume SET last_batch = 9")
+        await volume.commit(owner, 2, counter(2))
+        await volume.scan(COUNTER, after=None, limit=1)  # the transaction fails: the row is not what it was
+        assert await volume._writer.call(level) == 2
+        with pytest.raises(Fenced):
+            await volume.commit(owner, 3, counter(3))
+
+
 async def test_the_record_is_written_then_synced_then_acknowledged(
     world: SqliteWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,16 +261,45 @@ def copy_database(path: Path, to: Path) -> None:
 @settings(max_examples=25)
 @given(seed=st.integers(0, 1 << 32))
 def test_after_a_loss_of_power_each_acknowledged_batch_is_there_once(seed: int) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        asyncio.run(lose_power(Path(directory), random.Random(seed)))
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as monkeypatch:
+        asyncio.run(lose_power(Path(directory), random.Random(seed), monkeypatch))
 
 
-async def lose_power(directory: Path, rand: random.Random) -> None:
+class Synced:
+    """Watches what a connection does: up to which batch SQLite is on disk. What the journal believes is not asked."""
+
+    def __init__(self) -> None:
+        self.last = 0
+        self._open = 0
+        self._is_full = True
+
+    def watch(self, connection: sqlite3.Connection) -> None:
+        """Have the connection tell."""
+        connection.set_trace_callback(self._note)
+
+    def _note(self, statement: str) -> None:
+        level = re.fullmatch(r"PRAGMA synchronous = (\w+)", statement)
+        number = re.match(r"UPDATE volume SET last_batch = (\d+) ", statement)
+        if level:
+            self._is_full = level[1] == "FULL"
+        elif number:
+            self._open = int(number[1])
+        elif statement == "COMMIT" and self._is_full:
+            self.last = max(self.last, self._open)
+
+
+async def lose_power(directory: Path, rand: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commit at random; then take for SQLite any state that it may fall back to, for the journal what was synced, and more."""
+    loop = asyncio.get_running_loop()
     (directory / "before").mkdir()
     world = SqliteWorld(directory / "before", journal_after=rand.choice([0, 2]), half_bytes=HALF_BYTES)
     async with world.running():
         volume, owner = await owned(world)
+        watched = Synced()
+        await volume._writer.call(watched.watch)
+        if rand.random() < 0.5:
+            # The thread has no time for what is not waited for.
+            monkeypatch.setattr(volume._writer, "post", lambda *_: None)
         model: Model = {table: {} for table in TABLES}
         states: list[tuple[int, Path]] = []
         last = rand.randrange(1, 60)
@@ -261,16 +310,23 @@ async def lose_power(directory: Path, rand: random.Random) -> None:
                 Slice(SliceId(rand.randrange(9)), number, 1, 0, rand.randbytes(size)),
                 deletes={SLICE: [(rand.randrange(9, 12),)]},
             )
+            if rand.random() < 0.1:
+                # SQLite takes nothing for a while, in which both halves may become full.
+                other = sqlite3.connect(world.path, isolation_level=None, timeout=0)
+                with contextlib.suppress(sqlite3.OperationalError):
+                    other.execute("BEGIN IMMEDIATE")
+                loop.call_later(rand.choice([0.001, 0.01]), other.close)
             await volume.commit(owner, number, batch)
             apply_to(model, batch)
             if rand.random() < 0.15:
                 await world.show(volume)
-            if rand.random() < 0.3:
+            if rand.random() < 0.5:
                 states.append((0, directory / f"state-{number}"))
                 copy_database(world.path, states[-1][1])
                 states[-1] = (row_in_sqlite(states[-1][1])[1], states[-1][1])
         journal = volume._own_journal()
-        synced = last if journal is None else journal.synced
+        await volume._writer.call(watched.watch)  # behind what is queued
+        synced = watched.last
         states.append((0, directory / "state"))
         copy_database(world.path, states[-1][1])
         states[-1] = (row_in_sqlite(states[-1][1])[1], states[-1][1])
@@ -383,6 +439,21 @@ async def test_a_takeover_amid_a_commit_leaves_it_unacknowledged(
             await volume.last_batch(owner)
         with pytest.raises(Fenced):
             await volume.commit(owner, 3, counter(3))
+
+
+async def test_an_owner_that_is_over_puts_no_journal_in_the_way_of_its_successor(world: SqliteWorld) -> None:
+    async with world.running():
+        volume, owner = await owned(world)
+        await world.lapse()
+        successor = await world.volume()
+        new = await acquire(successor, nonce="second")
+        await successor.commit(new, 1, counter(1))
+        header = make_draft(volume._paths, volume_id=1, epoch=owner.epoch, uuid="uuid", half_bytes=HALF_BYTES)
+        with pytest.raises(Fenced):
+            await volume._writer.call(begin_journal, 1, owner, volume._paths, header, volume._journals)
+        assert not world.journal_path(owner.epoch).exists()
+        await world.end_processes()
+        await check_counters(world, 1)
 
 
 async def test_an_owner_whose_journal_was_removed_goes_on(world: SqliteWorld) -> None:
@@ -647,6 +718,26 @@ async def test_the_answer_about_a_cancelled_commit_is_final(
         await asyncio.gather(committing, return_exceptions=True)
         assert await volume.last_batch(owner) == 1
         assert len(await volume.scan(COUNTER, after=None, limit=9)) == 2
+
+
+async def test_a_batch_that_is_sent_again_while_a_cancelled_commit_of_it_is_under_way_is_not_applied_twice(
+    world: SqliteWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world.running():
+        volume, owner = await owned(world)
+        sync = os.fdatasync
+
+        def slow(descriptor: int) -> None:
+            time.sleep(0.05)
+            sync(descriptor)
+
+        monkeypatch.setattr(os, "fdatasync", slow)
+        committing = asyncio.create_task(volume.commit(owner, 1, batch_of(Counter("first", 1))))
+        await asyncio.sleep(0.02)
+        committing.cancel()
+        with pytest.raises(Fenced, match="batch 1 does not follow the stored batch 1"):
+            await volume.commit(owner, 1, batch_of(Counter("second", 1)))
+        assert await volume.scan(COUNTER, after=None, limit=9) == [Counter("first", 1)]
 
 
 async def test_a_store_is_closed_amid_a_commit(world: SqliteWorld) -> None:

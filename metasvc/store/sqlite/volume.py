@@ -10,7 +10,6 @@ import asyncio
 import logging
 import sqlite3
 from collections.abc import Callable
-from functools import partial
 from typing import Final, TypeVar, TypeVarTuple
 
 from chunkstore.errors import AtollError
@@ -21,6 +20,7 @@ from metasvc.store import Loaded, Ownership
 from metasvc.store.sqlite import ownership as owning
 from metasvc.store.sqlite.database import WriterConnection
 from metasvc.store.sqlite.journal import Appended, Journal, JournalPaths, make_draft
+from metasvc.store.sqlite.journal_format import Header
 from metasvc.store.sqlite.owner_lock import OwnerLock
 from metasvc.store.sqlite.rows import load_rows, scan_directory, scan_table
 from metasvc.store.sqlite.threads import ConnectionThreads
@@ -212,15 +212,15 @@ class SqliteVolume:
     async def _begin_journal(self, ownership: Ownership) -> None:
         """Make a journal; where it cannot be made commits go on without. The next commit is the first in it."""
         self._direct_commits = 0
-        draft = partial(
-            make_draft, self._paths, volume_id=self._id, uuid=self._format.uuid, half_bytes=self._half_bytes
-        )
         try:
-            header = await asyncio.to_thread(draft, epoch=ownership.epoch)
+            # In a reader's thread: it takes a while, and the journal thread has the commits of other volumes.
+            header = await self._readers.call(
+                _draft, self._paths, self._id, ownership.epoch, self._format.uuid, self._half_bytes
+            )
             await self._writer.call(owning.begin_journal, self._id, ownership, self._paths, header, self._journals)
         except Fenced:
             return  # the next commit says so
-        except (OSError, StoreError) as error:
+        except StoreError as error:
             log.info("commits go on without a journal: %s", error)
             self._direct_commits = self._journal_after - _TRY_AGAIN_AFTER
 
@@ -305,6 +305,12 @@ def _is_same(one: Ownership, other: Ownership) -> bool:
 
 def _unlock(connection: sqlite3.Connection, lock: OwnerLock) -> None:
     lock.unlock()
+
+
+def _draft(
+    connection: sqlite3.Connection, paths: JournalPaths, volume_id: int, epoch: int, uuid: str, half_bytes: int
+) -> Header:
+    return make_draft(paths, volume_id=volume_id, epoch=epoch, uuid=uuid, half_bytes=half_bytes)
 
 
 def _append(token: JournalThread, journal: Journal, number: int, record: bytes, batch: Batch) -> Appended:

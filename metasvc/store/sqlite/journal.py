@@ -165,6 +165,8 @@ class Journal:
         self.ownership = ownership
         self.last = self.applied = self.synced = last
         self.is_stopped = False
+        self.is_passed_by = False
+        """Set while a batch may be on its way to SQLite directly: also one that nobody waits for any more."""
         self._path = paths.of_epoch(header.epoch)
         self._key = header.key
         self._half_bytes = header.half_bytes
@@ -194,7 +196,7 @@ class Journal:
 
     def append(self, number: int, record: bytes, batch: Batch) -> Appended:
         """Write a record and sync it. StoreError: it may be there or not, and the journal is stopped."""
-        if self.is_stopped or number != self.last + 1 or not self._is_in_place():
+        if self.is_stopped or self.is_passed_by or number != self.last + 1 or not self._is_in_place():
             return Appended.REFUSED
         half, tail = self.half, self._tail
         if tail + len(record) > self._half_bytes:
@@ -271,7 +273,7 @@ class Journal:
     def restart(self, number: int) -> None:
         """Take note of a batch that went to SQLite directly, after all that is here, and was synced there."""
         with self._lock:
-            assert self.last == self.applied == number - 1
+            assert self.applied == self.last < number
             self.last = self.applied = self.synced = number
             # The records go on behind a gap, hence in a half of their own.
             self.half, self._tail = 1 - self.half, 0
@@ -289,11 +291,11 @@ class Journal:
             self.applied = self.last
 
     def remove(self) -> None:
-        """Remove the file, durably, unless a successor has taken it away. OSError."""
+        """Remove the file, durably, unless it is gone already. OSError."""
         assert self.synced == self.last
-        if self._is_in_place():
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
-            _sync_directory_of(self._path)
+        _sync_directory_of(self._path)
 
     # -- the event loop -------------------------------------------------------------------------------------------------
 

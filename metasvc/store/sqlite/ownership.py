@@ -233,6 +233,10 @@ def _apply_changes(connection: WriterConnection, volume_id: int, journal: Journa
     values = (last, volume_id, ownership.nonce, ownership.epoch, journal.applied)
     if connection.execute(_COMMIT, values).rowcount != 1:
         raise fenced(connection, volume_id, ownership, number=journal.applied + 1)
+    if last == journal.applied:
+        # Nothing would be written, and nothing synced: SQLite leaves a page alone that gets the bytes it has.
+        connection.execute("UPDATE volume SET last_batch = last_batch + 1 WHERE id = ?", (volume_id,))
+        connection.execute("UPDATE volume SET last_batch = last_batch - 1 WHERE id = ?", (volume_id,))
     apply_batch(connection, volume_id, batch)
 
 
@@ -240,9 +244,12 @@ def commit_behind(
     connection: WriterConnection, volume_id: int, journal: Journal, ownership: Ownership, number: int, batch: Batch
 ) -> None:
     """Commit a batch directly, after what is in a journal."""
-    apply_journal(connection, volume_id, journal)
-    commit(connection, volume_id, ownership, number, batch)
-    journal.restart(number)
+    try:
+        apply_journal(connection, volume_id, journal)
+        commit(connection, volume_id, ownership, number, batch)
+        journal.restart(number)
+    finally:
+        journal.is_passed_by = False
 
 
 def end_journal(connection: WriterConnection, volume_id: int, journal: Journal) -> None:

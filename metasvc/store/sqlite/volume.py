@@ -133,7 +133,8 @@ class SqliteVolume:
         if journal is None:
             await self._commit_directly(ownership, number, batch, here=here)
             self._direct_commits += 1
-            if self._direct_commits >= self._journal_after:
+            # There may be one by now: of a commit that nobody waits for.
+            if self._direct_commits >= self._journal_after and self._own_journal() is None:
                 await self._begin_journal(ownership)
             return
         if _is_same(journal.ownership, ownership) and number == journal.last + 1:
@@ -141,6 +142,7 @@ class SqliteVolume:
             if record is not None and await self._append(journal, number, record, batch, here=here):
                 return
         # Too large, not the next, or not the owner's: the row decides, behind what a caller who gave up has left under way.
+        journal.is_passed_by = True
         await self._writes.call(_nothing)
         if journal.is_stopped:
             await self._end_journal(journal)

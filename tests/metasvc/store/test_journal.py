@@ -28,7 +28,7 @@ from metasvc.store import Ownership
 from metasvc.store.sqlite import SqliteStore
 from metasvc.store.sqlite.journal import Appended, Journal, make_draft
 from metasvc.store.sqlite.journal_format import BLOCK_BYTES, pack_batch, pack_record
-from metasvc.store.sqlite.ownership import begin_journal
+from metasvc.store.sqlite.ownership import begin_journal, sync_journal
 from metasvc.store.sqlite.volume import SqliteVolume
 from metasvc.store.tables import COUNTER, DENTRY, SLICE, TABLES, Batch
 from tests.metasvc.store.contract import (
@@ -191,6 +191,23 @@ async def test_what_is_committed_directly_is_synced_after_the_journal_was_applie
         assert await volume._writer.call(level) == 2
         with pytest.raises(Fenced):
             await volume.commit(owner, 3, counter(3))
+
+
+async def test_what_was_applied_without_a_sync_is_synced_though_nothing_is_left_to_apply(world: SqliteWorld) -> None:
+    log = Path(f"{world.path}-wal")
+    async with world.running():
+        volume, owner = await owned(world)
+        await volume.commit(owner, 1, counter(1))
+        await world.show(volume)
+        journal, before = journal_of(volume), log.stat().st_size
+        assert (journal.applied, journal.synced) == (1, 0)
+        await volume._writer.call(sync_journal, 1, journal)
+        # A transaction that writes no page is not synced either.
+        assert log.stat().st_size >= before + 4096
+        assert (journal.applied, journal.synced) == (1, 1)
+        assert row_in_sqlite(world.path) == (1, 1)
+        await volume._writer.call(sync_journal, 1, journal)
+        assert log.stat().st_size < before + 3 * 4096
 
 
 async def test_the_record_is_written_then_synced_then_acknowledged(
@@ -738,6 +755,50 @@ async def test_a_batch_that_is_sent_again_while_a_cancelled_commit_of_it_is_unde
         with pytest.raises(Fenced, match="batch 1 does not follow the stored batch 1"):
             await volume.commit(owner, 1, batch_of(Counter("second", 1)))
         assert await volume.scan(COUNTER, after=None, limit=9) == [Counter("first", 1)]
+
+
+async def test_a_small_batch_does_not_overtake_a_large_one_that_nobody_waits_for(world: SqliteWorld) -> None:
+    async with world.running():
+        volume, owner = await owned(world)
+        await volume.commit(owner, 1, counter(1))
+        large = batch_of(Counter("large", 2), Slice(SliceId(1), 2, 1, 0, bytes(100_000)))
+        with contextlib.closing(sqlite3.connect(world.path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            committing = asyncio.create_task(volume.commit(owner, 2, large))
+            await asyncio.sleep(0.05)  # the thread waits for the lock
+            committing.cancel()
+            again = asyncio.create_task(volume.commit(owner, 2, batch_of(Counter("small", 2))))
+            await asyncio.sleep(0.05)
+            assert not again.done()
+            other.execute("ROLLBACK")
+        with pytest.raises(Fenced, match="batch 2 does not follow the stored batch 2"):
+            await again
+        assert await volume.last_batch(owner) == 2
+        await volume.commit(owner, 3, counter(3))
+        assert journal_of(volume).applied == 2  # the journal is in use again
+        names = [row[0] for row in await volume.scan(COUNTER, after=None, limit=9)]
+        assert names == ["batch-00001", "batch-00003", "large", "last"]
+
+
+async def test_a_journal_that_is_made_late_goes_on_where_the_commits_are(tmp_path: Path) -> None:
+    world = SqliteWorld(tmp_path, journal_after=1)
+    async with world.running():
+        volume, owner = await owned(world)
+        with contextlib.closing(sqlite3.connect(world.path, isolation_level=None)) as other:
+            committing = asyncio.create_task(volume.commit(owner, 1, counter(1)))
+            while row_in_sqlite(world.path)[1] == 0:
+                await asyncio.sleep(0)
+            other.execute("BEGIN IMMEDIATE")
+            await asyncio.sleep(0.2)  # the journal's draft is there, its place waits for the lock
+            committing.cancel()
+            second = asyncio.create_task(volume.commit(owner, 2, counter(2)))
+            await asyncio.sleep(0.05)
+            other.execute("ROLLBACK")
+        await second
+        for number in range(3, 9):
+            await volume.commit(owner, number, counter(number))
+        await world.end_processes()
+        await check_counters(world, 8)
 
 
 async def test_a_store_is_closed_amid_a_commit(world: SqliteWorld) -> None:

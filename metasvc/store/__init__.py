@@ -4,8 +4,10 @@ A store knows tables and rows (metasvc.store.tables) and no rule of POSIX. The c
 tests/metasvc/store runs on every implementation; whatever passes it can carry a volume.
 
 Concurrency: at most one commit is in flight on a VolumeStore at a time (the engine's committer sees to
-that); loads and scans may run beside it and beside each other. A load that began after a commit returned
-sees that commit; one that overlaps it sees each row either before or after, never in between.
+that); loads and scans may run beside it and beside each other. A load that began after a commit of this process returned
+sees that commit; one that overlaps it sees each row either before or after, never in between. Loads of other processes,
+which own nothing, see the volume between two batches, and may see it as it was a moment ago (SQLite: 0.2 s).
+A batch and its rows are not changed after they were given to commit(), which may keep them.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """The store in one SQLite file, for embedded volumes and for a service on one machine: metasvc.store.Store.
 
 Reading order: foreign_errors, threads, owner_lock, log_room, database (file and schema), rows (SQL of the tables),
-ownership (SQL of the volume row), volume, and this file.
+journal_format, journal, ownership (SQL of the volume row), volume, and this file.
 
 Concurrency: one thread with one connection makes all changes of a process, up to four read beside it; the log (WAL) lets
-readers of this and other processes go on while a commit is under way. Several processes may open one database: reading needs
-no ownership, and writers of different volumes wait for each other's transactions.
+readers of this and other processes go on while a commit is under way. One more thread writes the journals. Several processes
+may open one database: reading needs no ownership, and writers of different volumes wait for each other's transactions.
 
-Durability: a commit is on disk when it returns (synchronous=FULL), and atomic; that is SQLite's promise, taken as given.
+Durability: a commit is on disk when it returns, and atomic: in SQLite (synchronous=FULL; that is SQLite's promise, taken as
+given), or in the volume's journal, which reaches SQLite a moment later. What another process reads is as old as that.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from metasvc.api.volume_format import dump_format, parse_format
 from metasvc.errors import StoreError, VolumeExists, VolumeMissing
 from metasvc.model import VolumeFormat
 from metasvc.store.sqlite.database import connect_reader, connect_writer, prepare, transaction
+from metasvc.store.sqlite.journal import HALF_BYTES, Journal, JournalPaths
 from metasvc.store.sqlite.owner_lock import OwnerLock
 from metasvc.store.sqlite.ownership import not_owner
 from metasvc.store.sqlite.rows import apply_batch, delete_some_rows
 from metasvc.store.sqlite.threads import CALL_DEADLINE_S, ConnectionThreads
-from metasvc.store.sqlite.volume import SqliteVolume
+from metasvc.store.sqlite.volume import JOURNAL_AFTER, JournalThread, SqliteVolume
 from metasvc.store.tables import Batch
 
 __all__ = ["SqliteStore"]
@@ -42,23 +44,36 @@ _DELETE_PAUSE_S: Final = 0.02
 class SqliteStore:
     """One database file with the volumes of many tenants."""
 
-    def __init__(self, path: str, *, clock: Callable[[], float]) -> None:
+    def __init__(self, path: str, *, clock: Callable[[], float], journal_after: int, half_bytes: int) -> None:
         """Use open()."""
         self._path = path = os.path.abspath(path)
         self._clock = clock
         self._writer = ConnectionThreads(path, partial(connect_writer, path), name="sqlite-writer", limit=1)
         self._readers = ConnectionThreads(path, partial(connect_reader, path), name="sqlite-reader", limit=_READERS)
+        self._writes = ConnectionThreads(path, JournalThread, name="sqlite-journal", limit=1)
+        self._journal_after = journal_after
+        self._half_bytes = half_bytes
+        self._journals: dict[int, Journal] = {}
         self._volumes: list[SqliteVolume] = []
 
     @classmethod
-    async def open(cls, path: str, *, create: bool = False, clock: Callable[[], float] = time.time) -> Self:
+    async def open(
+        cls,
+        path: str,
+        *,
+        create: bool = False,
+        clock: Callable[[], float] = time.time,
+        journal_after: int = JOURNAL_AFTER,
+        half_bytes: int = HALF_BYTES,
+    ) -> Self:
         """Open the database at a path; with ``create`` make it if it is missing or empty.
 
-        ``clock`` gives seconds and must be one that all processes share. The schema is brought up to date. Raises
+        ``clock`` gives seconds and must be one that all processes share. An owner makes a journal after ``journal_after``
+        commits, with 0 before the first, of two halves of ``half_bytes``. The schema is brought up to date. Raises
         VolumeMissing if there is no file, StoreError if it is none of ours or unusable, SchemaTooNew. Cost: about 10 ms
         to create, 2 ms to open.
         """
-        store = cls(path, clock=clock)
+        store = cls(path, clock=clock, journal_after=journal_after, half_bytes=half_bytes)
         try:
             async with asyncio.timeout(CALL_DEADLINE_S):
                 await asyncio.to_thread(prepare, store._path, create=create)
@@ -76,6 +91,11 @@ class SqliteStore:
             parse_format(text),
             writer=self._writer,
             readers=self._readers,
+            writes=self._writes,
+            journals=self._journals,
+            journal_after=self._journal_after,
+            half_bytes=self._half_bytes,
+            paths=JournalPaths(self._path, volume_id),
             lock=OwnerLock(self._path, volume_id),
             clock=self._clock,
         )
@@ -93,7 +113,7 @@ class SqliteStore:
         await self._writer.call(_delete_volume, self._path, tenant, name, int(self._clock() * 1e9))
         left = True
         while left:
-            left = await self._writer.call(_delete_leftovers)
+            left = await self._writer.call(_delete_leftovers, self._path)
             # Writers of other processes poll for the lock: leave it free half of the time.
             await asyncio.sleep(_DELETE_PAUSE_S)
 
@@ -119,6 +139,7 @@ class SqliteStore:
         finally:
             self._volumes.clear()
             await self._readers.close()
+            await self._writes.close()
             await self._writer.close()
 
 
@@ -167,21 +188,27 @@ def _delete_volume(connection: sqlite3.Connection, path: str, tenant: str, name:
     if not lock.try_lock():
         raise not_owner(connection, volume_id, lock, now_ns)
     try:
-        connection.execute(
-            "UPDATE volume SET tenant = NULL, name = NULL, owner_nonce = NULL, owner_address = NULL, "
-            "owner_expires_ns = 0, epoch = epoch + 1 WHERE id = ?",
-            (volume_id,),
-        )
+        with transaction(connection):
+            # An owner that lives though its lock file was removed is fenced by this, as by a takeover.
+            paths = JournalPaths(path, volume_id)
+            paths.take()
+            connection.execute(
+                "UPDATE volume SET tenant = NULL, name = NULL, owner_nonce = NULL, owner_address = NULL, "
+                "owner_expires_ns = 0, epoch = epoch + 1 WHERE id = ?",
+                (volume_id,),
+            )
+        paths.remove()
     finally:
         lock.unlock(remove=True)
 
 
-def _delete_leftovers(connection: sqlite3.Connection) -> bool:
+def _delete_leftovers(connection: sqlite3.Connection, path: str) -> bool:
     """Delete some rows of deleted volumes; False when nothing is left of any."""
     with transaction(connection):
         row = connection.execute("SELECT id FROM volume WHERE tenant IS NULL LIMIT 1").fetchone()
         if row is None:
             return False
         if not delete_some_rows(connection, row[0], _DELETED_AT_ONCE):
+            JournalPaths(path, row[0]).remove()
             connection.execute("DELETE FROM volume WHERE id = ?", row)
     return True

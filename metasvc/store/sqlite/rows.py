@@ -161,7 +161,8 @@ def load_rows(
     statements = list(_load_statements(volume_id, keys, groups))
     found: dict[Table, list[Row]] = {}
     # One statement is a snapshot by itself; BEGIN and COMMIT would add 3 us to its 8.
-    if len(statements) > 1:
+    is_own = len(statements) > 1 and not connection.in_transaction
+    if is_own:
         connection.execute("BEGIN")
     try:
         for table, sql, parameters, is_packed in statements:
@@ -176,7 +177,7 @@ def load_rows(
             else:
                 found[table] = rows
     finally:
-        if len(statements) > 1:
+        if is_own:
             connection.execute("COMMIT")
     return Loaded(found)
 

@@ -26,7 +26,7 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any, Final, Generic, TypeVar, TypeVarTuple, cast
+from typing import Any, Final, Generic, Protocol, TypeVar, TypeVarTuple, cast
 
 from chunkstore.errors import AtollError
 from metasvc.errors import StoreError
@@ -40,7 +40,15 @@ CALL_DEADLINE_S: Final = 60.0
 # After these the connection may be in any state: the next call gets a new one.
 _BROKEN: Final = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN}
 
-C = TypeVar("C", bound=sqlite3.Connection)
+
+class Closeable(Protocol):
+    """What a thread holds: a connection, as a rule."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+C = TypeVar("C", bound=Closeable)
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
@@ -100,6 +108,29 @@ class ConnectionThreads(Generic[C]):
         finally:
             deadline.cancel()
             self._waiting -= 1
+
+    def post(self, function: Callable[[C, *Ts], object], *args: *Ts) -> None:
+        """Have ``function(connection, *args)`` run on a thread some time; nobody waits, and its error is dropped.
+
+        Does nothing after close(), and where there is no thread.
+        """
+        if self._closed:
+            return
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[object] = loop.create_future()
+        if not self._threads:
+            try:
+                self._start_thread()
+            except StoreError:
+                return
+        # Counted like a call that is waited for: until it has run the connection is not the loop's.
+        self._waiting += 1
+        future.add_done_callback(self._posted_has_run)
+        self._queue.put((loop, future, function, args))
+
+    def _posted_has_run(self, future: asyncio.Future[object]) -> None:
+        self._waiting -= 1
+        future.exception()
 
     async def close(self) -> None:
         """Let the threads finish what is queued, close their connections and end. Raises StoreError at the deadline."""

@@ -69,6 +69,9 @@ class World(ABC):
     async def lapse(self) -> None:
         """End the claim of the owner of volume tenant/volume, as if it had died, without its noticing it."""
 
+    async def show(self, volume: VolumeStore) -> None:  # noqa: B027
+        """Have other processes see all that was committed through a handle, if that takes the store a moment."""
+
     async def process(self) -> Store:
         """Return the store of one more process."""
         store = await self.open_store()
@@ -229,6 +232,7 @@ class StoreContract:
             with pytest.raises(NotOwner, match="host-1:4711"):
                 await store.delete_volume("tenant", "volume")
             await volume.commit(owner, 1, batch_of(Counter("a", 1)))
+            await world.show(volume)
             assert await (await store.open_volume("tenant", "volume")).scan(COUNTER, after=None, limit=9) == [
                 Counter("a", 1)
             ]
@@ -550,6 +554,8 @@ class StoreContract:
                 inode = example_row(INODE, 5)._replace(mtime_ns=number)  # type: ignore[attr-defined]
                 await volume.commit(owner, number, batch_of(inode, Dentry(ROOT_INO, b"n%d" % number, Ino(5), 0)))
                 for handle in (volume, reader):
+                    if handle is reader:
+                        await world.show(volume)
                     assert (await handle.load({INODE: [(5,)]}, {})).rows[INODE] == [inode]
                     assert len((await handle.load({}, {DENTRY: [1]})).rows[DENTRY]) == number
                     assert (await handle.scan_dir(1, after=None, limit=1))[0][1] == inode
@@ -694,6 +700,7 @@ class StoreContract:
                 await first.commit(old, 3, batch_of(Counter("lost", 1)))
             with pytest.raises(NotOwner, match="host-2:1"):
                 await acquire(first, nonce="old")
+            await world.show(second)
             assert (await first.load({COUNTER: [("new",)]}, {})).rows[COUNTER] == [Counter("new", 2)]  # reads go on
 
     async def test_renewal_counts_from_now(self, world: World) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from metasvc.store import Store
+from metasvc.store import Store, VolumeStore
 from metasvc.store.sqlite import SqliteStore
+from metasvc.store.tables import COUNTER
 from tests.metasvc.store.contract import World
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -22,17 +22,26 @@ class SqliteWorld(World):
 
     lasting = True
 
-    def __init__(self, directory: Path, *, clock: Callable[[], float] | None = None) -> None:
+    def __init__(self, directory: Path, **options: Any) -> None:
+        """``options`` are those of SqliteStore.open()."""
         super().__init__()
         self.path = directory / "meta.db"
         self.lock_path = directory / "meta.db.1.owner"
-        self._options: dict[str, Any] = {} if clock is None else {"clock": clock}
+        self._options = options
+
+    def journal_path(self, epoch: int = 1) -> Path:
+        """Return the path of the journal of volume 1's owner with an epoch."""
+        return self.path.with_name(f"meta.db.1.journal-{epoch}")
 
     async def open_store(self) -> Store:
         return await SqliteStore.open(str(self.path), create=True, **self._options)
 
     async def lapse(self) -> None:
         self.lock_path.unlink()
+
+    async def show(self, volume: VolumeStore) -> None:
+        # What is in a journal becomes rows as soon as something that reads needs it, a scan for instance.
+        await volume.scan(COUNTER, after=None, limit=0)
 
     def files(self) -> dict[str, int]:
         """Return names and modes of the files in the database's directory."""

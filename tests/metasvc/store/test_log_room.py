@@ -127,7 +127,7 @@ def test_what_is_left_of_a_full_disk_is_left_to_sqlite(full_disk: Path) -> None:
 
 
 async def test_other_processes_read_a_log_with_room(tmp_path: Path) -> None:
-    world = SqliteWorld(tmp_path)
+    world = SqliteWorld(tmp_path, journal_after=1000)
     async with world.running():
         volume = await world.volume()
         owner = await acquire(volume)

@@ -71,9 +71,12 @@ async def test_everything_is_there_after_reopening(world: SqliteWorld) -> None:
         assert (await acquire(again)).last_batch == 1
 
 
-@pytest.mark.parametrize("data_bytes", [80, 4000])  # with and without room in the log
+# With and without room in the log; with a journal, whose halves are full soon; with batches that are too large for one.
+@pytest.mark.parametrize(
+    ("data_bytes", "journal_after"), [(80, 1 << 30), (4000, 1 << 30), (80, 0), (80, 5), (1200, 0), (4000, 0)]
+)
 async def test_after_kill_9_acknowledged_batches_are_there_and_none_is_half_there(
-    world: SqliteWorld, seed: int, data_bytes: int
+    world: SqliteWorld, seed: int, data_bytes: int, journal_after: int
 ) -> None:
     chosen = random.Random(seed)
     async with world.running():
@@ -81,7 +84,7 @@ async def test_after_kill_9_acknowledged_batches_are_there_and_none_is_half_ther
         await world.end_processes()
         acknowledged = 0
         for life in range(1, 9):
-            async with Program("commit_forever.py", str(world.path), str(data_bytes)) as program:
+            async with Program("commit_forever.py", str(world.path), str(data_bytes), str(journal_after)) as program:
                 for _ in range(chosen.randint(1, 60)):
                     acknowledged = int(await program.line())
                 acknowledged = int(([str(acknowledged)] + await program.kill())[-1])

@@ -1,4 +1,4 @@
-"""Commit to volume tenant/volume of a SQLite database until killed: `commit_forever.py DATABASE BYTES`.
+"""Commit to volume tenant/volume of a SQLite database until killed: `commit_forever.py DATABASE BYTES [JOURNAL-AFTER]`.
 
 Batch n sets the length of 50 slices to n, their data to BYTES bytes (a multiple of 8) made of n, and adds the counter
 ``batch-n``. When its commit returned, the line ``n`` is printed.
@@ -17,9 +17,10 @@ from metasvc.store.tables import COUNTER, SLICE, Batch, Row
 SLICES = 50
 
 
-async def main(path: str, data_bytes: int) -> None:
+async def main(path: str, data_bytes: int, journal_after: int) -> None:
     """Take the volume over and commit."""
-    store = await SqliteStore.open(path)
+    # Halves of a few batches, so that all that can be under way is under way when the end comes.
+    store = await SqliteStore.open(path, journal_after=journal_after, half_bytes=1 << 18)
     volume = await store.open_volume("tenant", "volume")
     owner = await volume.acquire(nonce="of the program", address="program", ttl_s=3600)
     number = owner.last_batch
@@ -32,4 +33,4 @@ async def main(path: str, data_bytes: int) -> None:
         sys.stdout.flush()
 
 
-asyncio.run(main(sys.argv[1], int(sys.argv[2])))
+asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 1 << 30))

@@ -103,6 +103,7 @@ class Operations(pyfuse3.Operations):
         bits = metrics.bits
         readers = self._vfs.access_log.readers
         loop = self._loop
+        is_read = operation == "READ"
 
         async def handler(*args: Any) -> Any:
             started_ns = perf_counter_ns()
@@ -120,7 +121,8 @@ class Operations(pyfuse3.Operations):
                 duration_ns = perf_counter_ns() - started_ns
                 bits[duration_ns.bit_length()] += 1
                 metrics.total_ns += duration_ns
-                if readers:
+                # Who reads the log would find nothing but its own reads.
+                if readers and not (is_read and self._vfs.is_access_log(args[0])):
                     self._record(request, args, errno, duration_ns)
 
         return handler

@@ -515,6 +515,10 @@ class Vfs:
         self.metrics.read_bytes += len(data)
         return data
 
+    def is_access_log(self, fh: int) -> bool:
+        """Return whether a descriptor reads `.atoll/accesslog`."""
+        return isinstance(self._virtual_handles.get(fh), AccessLogReader)
+
     async def _read_virtual(self, fh: int, offset: int, size: int) -> bytes:
         content = self._virtual_handles.get(fh)
         if content is None:

@@ -127,6 +127,16 @@ def test_the_access_log_shows_what_is_done_while_it_is_read(tmp_path: Path) -> N
         assert re.search(pattern, lines)
 
 
+def test_who_reads_the_access_log_does_not_read_of_that(tmp_path: Path) -> None:
+    with mounted(tmp_path) as volume, (volume.path / ".atoll" / "accesslog").open("rb", buffering=0) as log:
+        for number in range(3):
+            (volume.path / str(number)).mkdir()
+            lines = log.read(65536)
+            while b"MKDIR" not in lines:
+                lines += log.read(65536)
+            assert b"READ-" not in lines
+
+
 def test_umount_8_ends_the_daemon_after_what_was_written_is_safe(tmp_path: Path) -> None:
     with mounted(tmp_path) as volume:
         data = os.urandom(5 * MIB)

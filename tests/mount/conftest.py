@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +13,14 @@ from tests.servers.buckets import Bucket
 
 
 @pytest.fixture
-def mounted_volume(tmp_path: Path) -> Iterator[MountedVolume]:
-    """Yield a fresh volume whose bucket is a directory, mounted; afterwards it must be clean."""
+def mounted_volume(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MountedVolume]:
+    """Yield a fresh volume whose bucket is a directory, mounted; afterwards it must be clean.
+
+    With ATOLL_TEST_BUCKET=s3 in the environment the bucket is on a real S3 server.
+    """
+    if os.environ.get("ATOLL_TEST_BUCKET") == "s3":
+        yield request.getfixturevalue("s3_volume")
+        return
     with mounted(tmp_path) as volume:
         yield volume
 

@@ -8,9 +8,9 @@ Invariant: while the lease on a directory holds, what is kept of it here is so. 
 - Own changes end no lease, so they are taken note of twice: before the request is sent (`begin`) all that it may change is
   forgotten, and an answer is taken in (`take_page`, `take_map`) only if no own change was under way from when it was asked for
   until it came (`Asked`). A name that an own change may have added or removed is asked for from then on.
-- All names of a directory are known if it was listed to its end, or from its making on. The set begins with the reply that made
-  it; if a name was added there before that reply came (another program of this machine found the directory by a lookup), there
-  is none.
+- All names of a directory are known if it was listed to its end and nothing was changed meanwhile, or from its making on. The
+  set begins with the reply that made it; if a name was added there before that reply came (another program of this machine
+  found the directory by a lookup), there is none.
 - A file with several names may be changed where nobody with a lease on this directory is asked: it is not kept.
 
 A lease is believed in for as long as the service says, from before the request was sent that extended it, and not at all after
@@ -23,12 +23,15 @@ Which directories are kept is a matter of use, and bounded in names and in bytes
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
+from operator import attrgetter
 from typing import Final, NamedTuple
 
-from metasvc.model import NAME_MAX_BYTES, DirPage, FileMap, Ino, Inode, OpenFile
+from metasvc.model import NAME_MAX_BYTES, DirPage, Entry, FileMap, Ino, Inode, OpenFile
 
+_NAME: Final = attrgetter("name")
 MAX_NAMES: Final = 20_000
 """Of all directories together: 16 MiB."""
 MAX_MAP_BYTES: Final = 16 * 1024 * 1024
@@ -62,7 +65,7 @@ class Asked(NamedTuple):
 class _Directory:
     """What is known of one directory."""
 
-    __slots__ = ("credit", "inode", "is_whole", "misses", "names", "order", "page", "positions", "until_s")
+    __slots__ = ("credit", "entries", "inode", "is_listed", "is_whole", "misses", "names", "order", "positions", "until_s")
 
     def __init__(self, until_s: float) -> None:
         self.until_s = until_s
@@ -72,8 +75,10 @@ class _Directory:
         """What is not in `names` is absent."""
         self.inode: Inode | None = None
         """Its own attributes."""
-        self.page: DirPage | None = None
-        """All entries, if the directory was listed in one page and not changed since."""
+        self.entries: list[Entry] | None = None
+        """What a listing has shown from the first name on, if nothing was changed since it began."""
+        self.is_listed = False
+        """Those are all."""
         self.order: list[Ino] = []
         """Small files in the order in which they were listed."""
         self.positions: dict[Ino, int] = {}
@@ -137,11 +142,14 @@ class Leased:
         place = self._places.get(ino)
         return None if place is None else self.lookup(*place)
 
-    def page(self, ino: Ino, limit: int) -> DirPage | None:
-        """Return all entries of a directory, if they are known and no more than that."""
+    def page(self, ino: Ino, after: bytes | None, limit: int) -> DirPage | None:
+        """Return so many entries of a directory behind a name (None: from the first), if all are known."""
         directory = self._live(ino)
-        page = None if directory is None else directory.page
-        return None if page is None or len(page.entries) > limit else page
+        entries = directory.entries if directory is not None and directory.is_listed else None
+        if entries is None:
+            return None
+        first = 0 if after is None else bisect_right(entries, after, key=_NAME)
+        return DirPage(entries[first : first + limit], first + limit >= len(entries))
 
     def open(self, ino: Ino) -> OpenFile | None:
         """Return what opening a file for reading would answer, if that is known."""
@@ -231,7 +239,12 @@ class Leased:
             self._forgotten += 1
 
     def _forget_name(self, directory: _Directory, name: bytes) -> None:
-        directory.page = None
+        """Forget what a name stands for, as it may be changed."""
+        directory.entries = None
+        directory.is_listed = False
+        self._ask_for(directory, name)
+
+    def _ask_for(self, directory: _Directory, name: bytes) -> None:
         known = directory.names.get(name)
         if known is not None:
             self._forget_place(known.ino)
@@ -285,8 +298,10 @@ class Leased:
         self._count += 1
         self._trim()
 
-    def take_page(self, asked: Asked, ino: Ino, page: DirPage, *, is_leased: bool, first: bool, lease_s: float) -> None:
-        """Take entries of a directory, from the ``first`` on or not; with them came the lease, or it was there."""
+    def take_page(
+        self, asked: Asked, ino: Ino, page: DirPage, *, after: bytes | None, is_leased: bool, lease_s: float
+    ) -> None:
+        """Take entries of a directory behind a name (None: from the first); with them came the lease, or it was there."""
         if not self._is_current(asked):
             return
         directory = self._directories.get(ino)
@@ -298,21 +313,32 @@ class Leased:
         elif directory is None or directory.until_s <= self._now_s():
             return
         self._directories.move_to_end(ino)
+        if after is None:
+            directory.entries, directory.is_listed = [], False
         for name, inode in page.entries:
             self._take_entry(ino, directory, name, inode)
-        if first and page.end:
-            for name in directory.names.keys() - {entry.name for entry in page.entries}:
-                self._forget_name(directory, name)
+        self._list(directory, page, after)
+        self._trim()
+
+    def _list(self, directory: _Directory, page: DirPage, after: bytes | None) -> None:
+        """Go on with a listing, if the page is the next one of it."""
+        entries = directory.entries
+        if entries is None or directory.is_listed or (entries[-1].name if entries else None) != after:
+            return
+        entries += page.entries
+        if not page.end:
+            return
+        if len(directory.names) > len(entries):
+            for name in directory.names.keys() - {entry.name for entry in entries}:
+                self._ask_for(directory, name)
                 del directory.names[name]
                 self._count -= 1
-            directory.is_whole = True
-            is_known = len(directory.names) == len(page.entries) and None not in directory.names.values()
-            directory.page = page if is_known else None
-        self._trim()
+        directory.is_whole = True
+        directory.is_listed = None not in directory.names.values()
 
     def _take_entry(self, ino: Ino, directory: _Directory, name: bytes, inode: Inode) -> None:
         if inode.parent != ino or (not inode.is_dir and inode.nlink != 1):
-            self._forget_name(directory, name)
+            self._ask_for(directory, name)
             return
         former = directory.names.get(name)
         if former is not None and former.ino != inode.ino:

@@ -223,10 +223,10 @@ class RemoteMeta:
         return await self._page(ino, after=after, limit=limit)
 
     async def _page(self, ino: Ino, *, after: bytes | None, limit: int) -> DirPage:
-        leased, is_first = self._leased, after is None
-        if self._remembers and is_first:
+        leased = self._leased
+        if self._remembers:
             await self._hold(ino)
-            known = leased.page(ino, limit)
+            known = leased.page(ino, after, limit)
             if known is not None:
                 return known
         asked = leased.asked()
@@ -235,7 +235,7 @@ class RemoteMeta:
         page = wire.page_of(reply)
         if self._remembers:
             is_leased, lease_s = ino in reply.leased, self._connection.lease_s
-            leased.take_page(asked, ino, page, is_leased=is_leased, first=is_first, lease_s=lease_s)
+            leased.take_page(asked, ino, page, after=after, is_leased=is_leased, lease_s=lease_s)
         return page
 
     async def mknod(self, caller: Caller, parent: Ino, name: bytes, *, mode: int, rdev: int = 0) -> Inode:

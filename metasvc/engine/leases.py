@@ -20,7 +20,8 @@ Invariants:
 2. A holder believes in a lease for `HELD_S` from before it sent the request whose reply has it, on a clock that runs on while
    the machine sleeps; here it counts `TERM_S` from when the request was run, hence to a later moment.
 3. A lease that has run out is kept here until somebody else changes the directory: that it is kept says that what its holder
-   knew is still so, and it may be extended.
+   knew is still so, and it may be extended. When it goes its holder is told as of any other, though nobody waits for the
+   answer: else it would take what it knew then for true when it gets the next one.
 4. An owner does not know what the last one gave. So for `TERM_S` after it took over, or until all sessions of that time have
    connected anew, changes do not come into force.
 
@@ -59,9 +60,10 @@ class _Recalled:
 
     __slots__ = ("answer", "holder", "number", "until_s")
 
-    def __init__(self, holder: SessionId, number: int, until_s: float) -> None:
+    def __init__(self, holder: SessionId, until_s: float) -> None:
         self.holder = holder
-        self.number = number
+        self.number = 0
+        """Of the recall, by which the holder answers; 0 if it could not be told."""
         self.until_s = until_s
         self.answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -173,7 +175,8 @@ class Leases:
                 oldest = next(iter(leases))
                 if max(leases[oldest].values()) > now_s:
                     return False
-                del leases[oldest]
+                for holder_id in leases.pop(oldest):
+                    self._tell(holder_id, oldest)
             holders = leases[ino] = {}
         elif len(holders) >= MAX_HOLDERS and session_id not in holders:
             return False
@@ -236,25 +239,29 @@ class Leases:
     def _call_back(self, ino: Ino, holders: dict[SessionId, float], by: SessionId | None, now_s: float) -> None:
         for session_id, until_s in [each for each in holders.items() if each[0] != by]:
             del holders[session_id]
-            if until_s <= now_s:
-                continue
-            self.recalls_total += 1
-            holder = self._holders.get(session_id)
-            number = 0
-            if holder is not None:
-                holder.recalls += 1
-                number = holder.recalls
-            recalled = _Recalled(session_id, number, until_s)
-            self._pending.setdefault(ino, []).append(recalled)
-            if holder is not None:
-                holder.waiting[number] = ino, recalled
-                holder.tell(ino, number)
+            recalled = None
+            if until_s > now_s:
+                self.recalls_total += 1
+                recalled = _Recalled(session_id, until_s)
+                self._pending.setdefault(ino, []).append(recalled)
+            self._tell(session_id, ino, recalled)
         if not holders:
             del self._leases[ino]
         self._shared[ino] = now_s + SHARED_S
         self._shared.move_to_end(ino)
         while len(self._shared) > MAX_DIRECTORIES:
             self._shared.popitem(last=False)
+
+    def _tell(self, session_id: SessionId, ino: Ino, recalled: _Recalled | None = None) -> None:
+        """Tell a session that it has no lease on a directory any more. ``recalled``: somebody waits for its answer."""
+        holder = self._holders.get(session_id)
+        if holder is None:
+            return
+        holder.recalls += 1
+        if recalled is not None:
+            recalled.number = holder.recalls
+            holder.waiting[holder.recalls] = ino, recalled
+        holder.tell(ino, holder.recalls)
 
     def _await(self, ino: Ino, by: SessionId | None, now_s: float, recall: Recall) -> None:
         """Let a change wait for those who may still believe in a lease on a directory."""

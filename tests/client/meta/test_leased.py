@@ -47,7 +47,7 @@ def leased(clock: Clock) -> Leased:
 
 
 def listed(leased: Leased, *numbers: int, end: bool = True) -> None:
-    leased.take_page(leased.asked(), A, page(*numbers, end=end), is_leased=True, first=True, lease_s=LEASE_S)
+    leased.take_page(leased.asked(), A, page(*numbers, end=end), after=None, is_leased=True, lease_s=LEASE_S)
 
 
 def test_a_new_directory_has_no_names_but_those_that_were_added(leased: Leased) -> None:
@@ -89,7 +89,7 @@ def test_what_has_ended_does_not_come_back(leased: Leased, how: str) -> None:
     assert not leased.is_absent(A, b"n")
     assert leased.lookup(A, b"20") is None
     assert leased.getattr(Ino(20)) is None
-    assert leased.page(A, 100) is None
+    assert leased.page(A, None, 100) is None
     assert leased.open(Ino(20)) is None
     assert (leased._count, leased._map_bytes) == (0, 0)
     assert not leased._places
@@ -120,17 +120,18 @@ def test_a_listing_says_what_is_there_and_what_is_not(leased: Leased, clock: Clo
     assert leased.lookup(A, b"20") == file(20)
     assert leased.getattr(Ino(21)) == file(21)
     assert leased.is_absent(A, b"22")
-    assert leased.page(A, 2) == page(20, 21)
-    assert leased.page(A, 1) is None
+    assert leased.page(A, None, 2) == page(20, 21)
+    assert leased.page(A, None, 1) == page(20, end=False)
+    assert leased.page(A, b"20", 1) == page(21)
     listed(leased, 21)
     assert leased.lookup(A, b"20") is None
     assert leased.is_absent(A, b"20")
     assert leased.getattr(Ino(20)) is None
-    leased.take_page(leased.asked(), A, page(23, end=True), is_leased=False, first=False, lease_s=LEASE_S)
+    leased.take_page(leased.asked(), A, page(23, end=True), after=b"22", is_leased=False, lease_s=LEASE_S)
     assert leased.lookup(A, b"23") == file(23), "the lease is there"
     clock.now_s += LEASE_S
     assert leased.lookup(A, b"21") is None
-    leased.take_page(leased.asked(), A, page(24), is_leased=False, first=True, lease_s=LEASE_S)
+    leased.take_page(leased.asked(), A, page(24), after=None, is_leased=False, lease_s=LEASE_S)
     leased.extended(leased.asked(), [A], [A], lease_s=LEASE_S)
     assert leased.lookup(A, b"21") == file(21)
     assert leased.lookup(A, b"24") is None, "it was not, then"
@@ -154,7 +155,7 @@ def test_an_answer_that_an_own_change_may_have_overtaken_is_not_taken(leased: Le
     else:
         asked = leased.asked()
         leased.begin(names=[(A, b"22")], inos=[Ino(21)])
-    leased.take_page(asked, A, page(20, 21), is_leased=True, first=True, lease_s=LEASE_S)
+    leased.take_page(asked, A, page(20, 21), after=None, is_leased=True, lease_s=LEASE_S)
     leased.take_inode(asked, A, b"21", file(21))
     leased.take_map(asked, Ino(21), file_map())
     leased.take_directory(asked, directory())
@@ -162,18 +163,18 @@ def test_an_answer_that_an_own_change_may_have_overtaken_is_not_taken(leased: Le
     assert leased.lookup(A, b"22") is None
     assert leased.lookup(A, b"21") is None
     assert leased.open(Ino(21)) is None
-    assert leased.page(A, 100) is None
+    assert leased.page(A, None, 100) is None
     assert leased.getattr(A) is None
     assert leased.lookup(A, b"20") == file(20), "that was not touched"
 
 
 def test_files_with_several_names_are_asked_for(leased: Leased) -> None:
     found = DirPage([Entry(b"one", file(20, nlink=2, parent=Ino(0))), Entry(b"two", file(21))], True)
-    leased.take_page(leased.asked(), A, found, is_leased=True, first=True, lease_s=LEASE_S)
+    leased.take_page(leased.asked(), A, found, after=None, is_leased=True, lease_s=LEASE_S)
     assert leased.lookup(A, b"one") is None
     assert not leased.is_absent(A, b"one")
     assert leased.lookup(A, b"two") == file(21)
-    assert leased.page(A, 100) is None
+    assert leased.page(A, None, 100) is None
     assert leased.getattr(Ino(20)) is None
 
 
@@ -231,7 +232,7 @@ def test_a_reply_that_is_taken_after_a_recall_gives_nothing(leased: Leased, answ
         assert not leased.is_absent(B, b"n")
         return
     if answer == "page":
-        leased.take_page(asked, A, page(20), is_leased=True, first=True, lease_s=LEASE_S)
+        leased.take_page(asked, A, page(20), after=None, is_leased=True, lease_s=LEASE_S)
     elif answer == "extended":
         leased.extended(asked, [A], [A], lease_s=LEASE_S)
     else:
@@ -250,9 +251,9 @@ def test_what_is_kept_is_bounded(leased: Leased, monkeypatch: pytest.MonkeyPatch
         leased.take_map(leased.asked(), Ino(100 + number % 7), file_map())
     assert leased._map_bytes <= 10 * 600
     assert leased._count == 30
-    leased.take_page(leased.asked(), B, page(*range(200, 230)), is_leased=True, first=True, lease_s=LEASE_S)
+    leased.take_page(leased.asked(), B, page(*range(200, 230)), after=None, is_leased=True, lease_s=LEASE_S)
     assert leased.lookup(A, b"100") is None, "the one that was not used for longest"
-    leased.take_page(leased.asked(), A, page(*range(100, 160)), is_leased=True, first=True, lease_s=LEASE_S)
+    leased.take_page(leased.asked(), A, page(*range(100, 160)), after=None, is_leased=True, lease_s=LEASE_S)
     assert leased._count == 0
     assert not leased._places
 
@@ -263,3 +264,42 @@ def test_who_makes_and_removes_files_all_the_time_fills_no_memory(leased: Leased
     known = leased._directories[A]
     assert len(known.order) == len(known.positions) < 30
     assert len(leased._places) == 1
+
+
+def take(leased: Leased, found: DirPage, after: bytes | None) -> None:
+    leased.take_page(leased.asked(), A, found, after=after, is_leased=True, lease_s=LEASE_S)
+
+
+def test_a_directory_that_was_listed_in_pages_is_listed_again_by_lease_in_any_pages(leased: Leased) -> None:
+    leased.recalled(A)
+    take(leased, page(20, 21, end=False), None)
+    assert leased.page(A, None, 2) is None
+    take(leased, page(22, 23, end=False), b"21")
+    take(leased, page(24), b"23")
+    assert leased.is_absent(A, b"25")
+    assert leased.page(A, None, 3) == page(20, 21, 22, end=False)
+    assert leased.page(A, b"22", 3) == page(23, 24)
+    assert leased.page(A, b"215", 1) == page(22, end=False)
+    assert leased.page(A, b"24", 1) == page()
+
+
+@pytest.mark.parametrize("what", ["own change", "own change under way", "recall", "gap", "several names"])
+def test_a_listing_in_pages_is_not_taken_for_whole_if(leased: Leased, what: str) -> None:
+    leased.recalled(A)
+    take(leased, page(20, 21, end=False), None)
+    after, second, known = b"21", page(22, end=True), False
+    match what:
+        case "own change":
+            leased.begin(names=[(A, b"205")])
+            leased.end()
+        case "own change under way":
+            leased.begin(inos=[Ino(20)])
+        case "recall":
+            leased.recalled(A)
+        case "gap":
+            after = b"22"
+        case _:
+            second, known = DirPage([Entry(b"22", file(22, nlink=2))], end=True), True
+    take(leased, second, after)
+    assert leased.page(A, None, 100) is None
+    assert leased.is_absent(A, b"205") == known

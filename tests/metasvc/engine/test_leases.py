@@ -121,7 +121,7 @@ async def test_a_change_that_belongs_to_no_session_calls_back_all() -> None:
     await waiting
 
 
-async def test_a_lease_that_has_run_out_is_not_called_back_and_may_be_extended_until_somebody_else_changes_something() -> (
+async def test_nobody_waits_for_a_lease_that_has_run_out_and_it_may_be_extended_until_somebody_else_changes_something() -> (
     None
 ):
     world = World()
@@ -130,8 +130,13 @@ async def test_a_lease_that_has_run_out_is_not_called_back_and_may_be_extended_u
     assert world.leases.extend(ONE, [A]) == [A], "nobody was there meanwhile"
     world.clock.now_s += TERM_S
     assert world.name(A, by=TWO) is None
-    assert world.told == []
+    assert world.told == [(ONE, A, 1)], "what it knew is not so any more, whenever it gets the next one"
     assert world.leases.extend(ONE, [A, B]) == [B]
+    world.clock.now_s += TERM_S
+    assert world.name(B, by=TWO) is None
+    assert world.told[1:] == [(ONE, B, 2)]
+    assert world.leases.recalls_total == 0
+    assert world.name(A, B, by=THREE) is None
 
 
 @pytest.mark.parametrize("ends", ["silent", "gone", "anew"])
@@ -203,7 +208,9 @@ async def test_sessions_that_do_not_listen_get_no_lease_and_the_number_of_leases
     world.clock.now_s += TERM_S / 2
     assert leases.extend(ONE, [made[0]]) == [made[0]]
     world.clock.now_s += TERM_S / 2
+    assert world.told == []
     assert leases.give(ONE, A), "the oldest has run out"
+    assert world.told == [(ONE, made[1], 1)], "who gets that one again must have forgotten it"
     assert leases.extend(ONE, made[:2]) == [made[0]]
     assert len(leases) == 3
 

@@ -17,6 +17,7 @@ from metasvc.engine import leases as leasing
 from metasvc.engine.memory import ABSENT
 from metasvc.errors import FsError
 from metasvc.model import ROOT_INO, Caller, Ino, Inode, RenameFlags, SetAttr
+from metasvc.server import connection as serving
 from metasvc.server.connection import Connection
 from metasvc.server.volumes import SessionEnded
 from metasvc.store.memory import MemoryStore
@@ -244,7 +245,7 @@ async def test_what_is_open_by_lease_when_a_connection_breaks_is_kept_by_the_nex
                     await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize("trouble", ["none", "cuts", "silence", "pauses", "restarts", "ends"])
+@pytest.mark.parametrize("trouble", ["none", "short", "cuts", "silence", "pauses", "restarts", "ends"])
 async def test_what_is_known_by_lease_is_so_at_any_moment(
     trouble: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +254,10 @@ async def test_what_is_known_by_lease_is_so_at_any_moment(
     All run in one process: whatever each knows is compared with the rows of the engine, many times a second.
     """
     monkeypatch.setattr(leasing, "SHARED_S", 0.01)
+    if trouble == "short":
+        # Those of directories that nobody has changed for a moment run out.
+        monkeypatch.setattr(leasing, "TERM_S", 0.1)
+        monkeypatch.setattr(serving, "HELD_S", 0.05)
     rand = random.Random(seed)
     async with clients(3, return_s=0.05) as (service, sessions, relays):
         first = await sessions[0].meta.mkdir(ROOT, ROOT_INO, b"first", mode=0o755)
@@ -312,7 +317,10 @@ async def test_what_is_known_by_lease_is_so_at_any_moment(
         async def read(client: Client, where: Ino, parent: Ino, name: bytes) -> None:
             match rand.randrange(4):
                 case 0:
-                    await client.meta.readdir(where, after=None, limit=1000)
+                    page, limit = None, rand.choice([1, 2, 5, 1000])
+                    while page is None or (not page.end and rand.random() < 0.9):
+                        page = await client.meta.readdir(where, after=page and page.entries[-1].name, limit=limit)
+                        await asyncio.sleep(0.01 * rand.random())
                 case 1:
                     await client.meta.getattr(where)
                 case _:
@@ -330,6 +338,8 @@ async def test_what_is_known_by_lease_is_so_at_any_moment(
                     if error.errno == errno.EIO and trouble != "ends":
                         raise
                 compare()
+                if trouble == "short":
+                    await asyncio.sleep(0.1 * rand.random())
 
         async def watch() -> None:
             while True:
@@ -372,6 +382,12 @@ def known_is_so(client: Client, engine: Engine) -> int:
                 dentry = rows.get(DENTRY, (ino, name))
                 assert dentry is ABSENT or dentry.ino == known.ino
                 assert is_so(known)
+        for name, known in directory.entries or ():
+            dentry = rows.get(DENTRY, (ino, name))
+            assert dentry is ABSENT or dentry.ino == known.ino
+            assert is_so(known) or known.nlink > 1
+        if directory.is_listed:
+            assert [name for name, _ in directory.entries or ()] == sorted(directory.names)
         if directory.is_whole:
             there = rows.group(DENTRY, ino) or {}  # of another owner: not in memory
             assert {name for name, row in there.items() if row is not None} <= directory.names.keys()
@@ -419,3 +435,28 @@ async def disturb(
                 await ending
                 await asyncio.sleep(0.3 * rand.random())
                 relay.open.set()
+
+
+@pytest.mark.parametrize("how", ["read on", "looked up", "begun anew"])
+async def test_what_was_known_by_a_lease_that_ran_out_does_not_come_back_with_the_next_one(
+    monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(leasing, "SHARED_S", 0.2)
+    async with clients(2) as (service, (one, two), _):
+        directory = (await two.meta.mkdir(ROOT, ROOT_INO, b"d", mode=0o755)).ino
+        files = [await make(two, directory, b"%03d" % number) for number in range(40)]
+        leases = (await service.volume()).engine.leases
+        leases.drop(two.connection.session_id)
+        page = await one.meta.readdir(directory, after=None, limit=4)
+        assert one.meta._leased.lookup(directory, b"001") is not None
+        await asyncio.sleep(leasing.TERM_S + 0.1)
+        await two.meta.setattr(ROOT, files[1], SetAttr(mode=0o600))
+        await asyncio.sleep(0.3)
+        if how == "read on":
+            await one.meta.readdir(directory, after=page.entries[-1].name, limit=4)
+        elif how == "begun anew":
+            await one.meta.readdir(directory, after=None, limit=1)
+        else:
+            for number in range(10, 30):
+                await one.meta.lookup(directory, b"%03d" % number)
+        assert (await one.meta.lookup(directory, b"001")).mode & 0o777 == 0o600

@@ -65,7 +65,18 @@ class Asked(NamedTuple):
 class _Directory:
     """What is known of one directory."""
 
-    __slots__ = ("credit", "entries", "inode", "is_listed", "is_whole", "misses", "names", "order", "positions", "until_s")
+    __slots__ = (
+        "credit",
+        "entries",
+        "inode",
+        "is_listed",
+        "is_whole",
+        "misses",
+        "names",
+        "order",
+        "positions",
+        "until_s",
+    )
 
     def __init__(self, until_s: float) -> None:
         self.until_s = until_s

@@ -36,6 +36,9 @@ MOST_AHEAD: Final = 64
 FIRST_REST: Final = 4
 LONGEST_REST: Final = 256
 """Steps without looking ahead after pages came in vain: doubled each time, until one is used."""
+PAGE_AHEAD: Final = 1000
+"""Entries of a first page that nobody wants yet: more than one that somebody waits for has, as they come while the program goes
+through the directory before. 5,000 names in five directories, by turns: 10.2 us a name, else 10.8."""
 ENTRIES_AHEAD: Final = 2000
 """So many entries at most are asked for at once: 20 ms of a walk, 10 of the service."""
 _BRANCHES_KEPT: Final = 256
@@ -68,7 +71,6 @@ class _Ahead(NamedTuple):
     page: asyncio.Task[DirPage]
     asked_s: float
     asked_at: int
-    limit: int
 
 
 class Walk:
@@ -93,12 +95,12 @@ class Walk:
         self._rest = 0
 
     async def first_page(self, ino: Ino, limit: int) -> DirPage:
-        """Return the first entries of a directory, at most `limit`. Errors of asking."""
+        """Return the first entries of a directory: at least `limit`, if there are so many. Errors of asking."""
         self._arrive(ino)
         ahead = self._take(ino, limit)
         page: DirPage | None = None
         if ahead is None:
-            self._look_ahead(ino, limit)
+            self._look_ahead(ino)
         else:
             try:
                 page = await asyncio.shield(ahead)
@@ -107,7 +109,7 @@ class Walk:
         if page is None:
             page = await self._read_first(ino, limit)
             self._note(ino, page)
-        self._look_ahead(ino, limit)
+        self._look_ahead(ino)
         return page
 
     # -- where it is ------------------------------------------------------------------------------------------------------
@@ -179,7 +181,7 @@ class Walk:
         ahead = self._pages.pop(ino, None)
         if ahead is None:
             return None
-        if ahead.limit != limit or not self._is_good(ahead):
+        if limit > PAGE_AHEAD or not self._is_good(ahead):
             self._in_vain()
             return None
         self._most = min(MOST_AHEAD, self._most + 1)
@@ -191,7 +193,7 @@ class Walk:
         self._steps = -self._rest
         self._most = FIRST_AHEAD
 
-    def _look_ahead(self, ino: Ino, limit: int) -> None:
+    def _look_ahead(self, ino: Ino) -> None:
         """Ask for what comes after a directory, unless enough of it was asked for."""
         if self._steps < STEPS:
             return
@@ -209,15 +211,15 @@ class Walk:
                 if not wanted and position >= self._most // 2:
                     return  # enough of what comes next: many at a time are one message
                 continue
-            entries += 1 + min(size, limit)
+            entries += 1 + min(size, PAGE_AHEAD)
             if entries > ENTRIES_AHEAD:
                 break
             wanted.append(other)
         now_s, changes = self._now_s(), self._changes()
         for other in wanted:
-            page = asyncio.get_running_loop().create_task(self._read_first(other, limit), name="directory ahead")
+            page = asyncio.get_running_loop().create_task(self._read_first(other, PAGE_AHEAD), name="directory ahead")
             page.add_done_callback(partial(self._came, other))
-            self._pages[other] = _Ahead(page, now_s, changes, limit)
+            self._pages[other] = _Ahead(page, now_s, changes)
 
     def _came(self, ino: Ino, page: asyncio.Task[DirPage]) -> None:
         """Remember what a page shows, before anybody wants it: a walk may go further down from there."""

@@ -374,9 +374,9 @@ class Leased:
             self._trim()
 
     def take_directory(self, asked: Asked, inode: Inode) -> None:
-        """Take a directory's own attributes."""
+        """Take a directory's own attributes; not of one that was removed: it goes for good without a word."""
         directory = self._live(inode.ino)
-        if directory is not None and self._is_current(asked):
+        if directory is not None and inode.nlink and self._is_current(asked):
             directory.inode = inode
 
     def take_map(self, asked: Asked, ino: Ino, found: FileMap) -> None:

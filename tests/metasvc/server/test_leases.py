@@ -317,10 +317,11 @@ async def test_what_is_known_by_lease_is_so_at_any_moment(
         async def read(client: Client, where: Ino, parent: Ino, name: bytes) -> None:
             match rand.randrange(4):
                 case 0:
-                    page, limit = None, rand.choice([1, 2, 5, 1000])
-                    while page is None or (not page.end and rand.random() < 0.9):
-                        page = await client.meta.readdir(where, after=page and page.entries[-1].name, limit=limit)
+                    limit = rand.choice([1, 2, 5, 1000])
+                    page = await client.meta.readdir(where, after=None, limit=limit)
+                    while not page.end and rand.random() < 0.9:
                         await asyncio.sleep(0.01 * rand.random())
+                        page = await client.meta.readdir(where, after=page.entries[-1].name, limit=limit)
                 case 1:
                     await client.meta.getattr(where)
                 case _:

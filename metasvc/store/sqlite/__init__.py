@@ -46,7 +46,8 @@ class SqliteStore:
 
     def __init__(self, path: str, *, clock: Callable[[], float], journal_after: int, half_bytes: int) -> None:
         """Use open()."""
-        self._path = path = os.path.abspath(path)
+        # Journals and lock files lie where SQLite has its own: beside the file, not beside a link to it.
+        self._path = path = os.path.realpath(path) if os.path.exists(path) else os.path.abspath(path)
         self._clock = clock
         self._writer = ConnectionThreads(path, partial(connect_writer, path), name="sqlite-writer", limit=1)
         self._readers = ConnectionThreads(path, partial(connect_reader, path), name="sqlite-reader", limit=_READERS)

@@ -12,18 +12,18 @@ Invariants:
 1. A batch is acknowledged when its record is synced *and* the file had its name before the write and after the sync. Nobody
    else gives a file that name: it has the epoch.
 2. ``applied <= last``: SQLite shows all batches up to ``applied``; what those after it changed is in ``_changes``, newest only.
-3. ``synced <= applied``: SQLite has all batches up to ``synced`` on disk. A half is written from its beginning again only when
-   its last record is one of those. So the file holds every record above ``synced``, whatever the power does.
-4. Whatever a loss of power leaves of SQLite is a state between two batches, not before ``synced``: applying is one
-   transaction with the number of its last batch, SQLite's log is a chain of checksums, and it is synced before the
-   database is written or the log is begun anew, with synchronous=NORMAL too. So the chain of records begins at or before
-   the batch after that state, and a successor that applies it has every acknowledged batch, each once.
+3. SQLite has all batches up to ``applied`` on disk: applying is one transaction with the number of its last batch, and with
+   synchronous=FULL. (With NORMAL a sync that fails later leaves a hole in SQLite's log, as the kernel takes what it could
+   not write for written, and all behind it is lost with the power though its own sync succeeded.)
+4. A half is written from its beginning again only when its last record is one of those. So the file holds every record above
+   ``applied``, the chain of records begins at or before the batch after the state that a loss of power leaves, and a
+   successor that applies it has every acknowledged batch, each once.
 5. The file appears and is taken away from its owner in transactions that hold SQLite's write lock, after the row was checked.
    So an owner that is over cannot put a file there, and a record that it writes into a file that was taken away is not
    acknowledged; one that was, was written before the taking, and whoever takes reads afterwards.
 
 Taking over (ownership.acquire, with the owner lock): rename the file to ``….taken``; read it; apply its chain, if it is of the
-stored epoch; take the next epoch; commit, with synchronous=FULL; remove it. A process that dies in between leaves
+stored epoch; take the next epoch; commit; remove it. A process that dies in between leaves
 ``.taken`` to the next one. Files of earlier epochs are spent: the epoch grows in the transaction that applies. Where both names
 exist ``.taken`` is spent: its owner lived on and made another file, after its own transactions brought all of it into SQLite.
 
@@ -35,12 +35,12 @@ that all is well. So the file takes nothing any more; its owner brings what was 
 and syncs the directory, and only then says what became of that batch: it is not applied. Until that succeeds every answer is
 StoreError.
 
-A sync of SQLite's failing: pages of its log that are older may be lost though a later sync succeeds. So the volume stops
-(StoreRefused), the file stays, and its successor applies all of the chain once more, what SQLite shows already included.
+A sync of SQLite's failing: what the disk has of its log is unknown. So the volume stops (StoreRefused), the file stays, and
+its successor, which writes the log anew (ownership.acquire), applies all of the chain.
 
 Interleavings: append() and the end (stop(), close()) run one after the other, in the one journal thread or, while that
 has nothing to do, on the event loop; changes(), has_applied() and restart() run on the writer's thread, beside them.
-They share numbers and changes, under ``_lock``, which is never held while anything waits for a disk. append() reads ``synced``
+They share numbers and changes, under ``_lock``, which is never held while anything waits for a disk. append() reads ``applied``
 without it: it only grows. One commit is under way at a time, so ``last`` is changed by append(), or by restart() after a
 call that went through the journal thread.
 """
@@ -53,7 +53,7 @@ import os
 import secrets
 import threading
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 from metasvc.errors import StoreError, StoreRefused
 from metasvc.store import Ownership
@@ -69,7 +69,7 @@ from metasvc.store.sqlite.journal_format import (
 )
 from metasvc.store.tables import Batch, Key, Row, Table
 
-__all__ = ["HALF_BYTES", "Appended", "Journal", "JournalPaths", "make_draft", "read_taken"]
+__all__ = ["HALF_BYTES", "Appended", "Draft", "Journal", "JournalPaths", "make_draft", "read_taken", "remove_draft"]
 
 HALF_BYTES: Final = 4 << 20
 """So much is written before SQLite has to sync once: a thousand commits, 16 ms of writing when the file is made."""
@@ -78,6 +78,7 @@ _MAX_RECORD_BYTES: Final = 64 << 10
 
 
 _TAKEN: Final = ".taken"
+_DRAFT: Final = ".new"
 
 
 class Appended(enum.Enum):
@@ -85,7 +86,7 @@ class Appended(enum.Enum):
 
     DURABLE = enum.auto()
     NO_ROOM = enum.auto()
-    """Nothing was written: SQLite has to sync first."""
+    """Nothing was written: SQLite has to take what is there first."""
     REFUSED = enum.auto()
     """Nothing was written: the file is no longer there, or takes nothing, or the number is not the next one."""
 
@@ -95,7 +96,10 @@ class JournalPaths:
 
     def __init__(self, database_path: str, volume_id: int) -> None:
         self._prefix = f"{database_path}.{volume_id}.journal-"
-        self.draft = f"{database_path}.{volume_id}.journal.new"
+
+    def draft(self) -> str:
+        """Return a name for one that is being made, which nobody else uses: an owner that is over may make one, too."""
+        return f"{self._prefix}{secrets.token_hex(8)}{_DRAFT}"
 
     def of_epoch(self, epoch: int) -> str:
         """Return the name that the owner of an epoch gives to its file, and nobody to another one."""
@@ -119,9 +123,10 @@ class JournalPaths:
 
     def remove(self) -> None:
         """Remove what was taken, and what was never used."""
-        for path in [self._prefix + name for name in self._found() if name.endswith(_TAKEN)] + [self.draft]:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        for name in self._found():
+            if name.endswith((_TAKEN, _DRAFT)):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._prefix + name)
 
     def _found(self) -> list[str]:
         """Return what follows the prefix in the names that have it."""
@@ -135,10 +140,17 @@ def read_taken(path: str) -> Contents:
         return read_journal(file.read(), path=path)
 
 
-def make_draft(paths: JournalPaths, *, volume_id: int, epoch: int, uuid: str, half_bytes: int) -> Header:
+class Draft(NamedTuple):
+    """A file that is no journal yet."""
+
+    path: str
+    header: Header
+
+
+def make_draft(path: str, *, volume_id: int, epoch: int, uuid: str, half_bytes: int) -> Draft:
     """Write a new file, with all its blocks, under a name that nobody reads. Blocks for some 30 ms. OSError."""
     header = Header(volume_id, epoch, half_bytes, secrets.token_bytes(KEY_BYTES), uuid)
-    descriptor = os.open(paths.draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         # Zeros that were written: blocks that are only promised cost a change of the file system at their first write.
         written, image = 0, pack_header(header).ljust(header.file_bytes, b"\0")
@@ -146,27 +158,33 @@ def make_draft(paths: JournalPaths, *, volume_id: int, epoch: int, uuid: str, ha
             written += os.pwrite(descriptor, memoryview(image)[written:], written)
         os.fsync(descriptor)
     except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(paths.draft)
+        remove_draft(path)
         raise
     finally:
         os.close(descriptor)
-    return header
+    return Draft(path, header)
+
+
+def remove_draft(path: str) -> None:
+    """Remove a draft that is not used. If that fails the next owner does."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
 
 
 class Journal:
     """The journal of the owner's process, while it takes batches."""
 
-    def __init__(self, paths: JournalPaths, header: Header, ownership: Ownership, *, last: int) -> None:
+    def __init__(self, paths: JournalPaths, draft: Draft, ownership: Ownership, *, last: int) -> None:
         """Put a draft in its place, durably. ``last`` is the stored batch. OSError.
 
         The caller holds the write lock of the database, and has checked that the ownership is the stored one.
         """
         self.ownership = ownership
-        self.last = self.applied = self.synced = last
+        self.last = self.applied = last
         self.is_stopped = False
-        self.is_passed_by = False
-        """Set while a batch may be on its way to SQLite directly: also one that nobody waits for any more."""
+        self.is_forgotten = False
+        """A successor has the volume: the file is not this owner's any more."""
+        header = draft.header
         self._path = paths.of_epoch(header.epoch)
         self._key = header.key
         self._half_bytes = header.half_bytes
@@ -177,9 +195,9 @@ class Journal:
         # The number is that of the batch that changed the row last.
         self._changes: dict[Table, dict[Key, tuple[int, Row | None]]] = {}
         self._groups: dict[Table, dict[int, int]] = {}
-        self._descriptor = os.open(paths.draft, os.O_RDWR | os.O_CLOEXEC)
+        self._descriptor = os.open(draft.path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            os.replace(paths.draft, self._path)
+            os.replace(draft.path, self._path)
             _sync_directory_of(self._path)
         except OSError:
             os.close(self._descriptor)
@@ -196,29 +214,32 @@ class Journal:
 
     def append(self, number: int, record: bytes, batch: Batch) -> Appended:
         """Write a record and sync it. StoreError: it may be there or not, and the journal is stopped."""
-        if self.is_stopped or self.is_passed_by or number != self.last + 1 or not self._is_in_place():
+        if self.is_stopped or number != self.last + 1 or not self._is_in_place():
             return Appended.REFUSED
         half, tail = self.half, self._tail
         if tail + len(record) > self._half_bytes:
             half, tail = 1 - half, 0
-            if self._last_of_half[half] > self.synced:
+            if self._last_of_half[half] > self.applied:
                 return Appended.NO_ROOM
         try:
             offset = BLOCK_BYTES + half * self._half_bytes + tail
             if os.pwrite(self._descriptor, record, offset) != len(record):
                 raise OSError(f"a record was written in part at {offset}")
             os.fdatasync(self._descriptor)
+            if not self._is_in_place():
+                raise StoreError(f"{self._path} was taken away while a batch was written")
+            with self._lock:
+                self._note(number, batch)
+                self.last = number
         except OSError as exc:
             self.is_stopped = True
             raise StoreError(f"writing {self._path} failed: check the disk and the kernel's log ({exc})") from exc
-        if not self._is_in_place():
+        except BaseException:
+            # A record that is there and does not count: nothing may follow it.
             self.is_stopped = True
-            raise StoreError(f"{self._path} was taken away while a batch was written")
+            raise
         self.half, self._tail = half, tail + len(record)
         self._last_of_half[half] = number
-        with self._lock:
-            self._note(number, batch)
-            self.last = number
         return Appended.DURABLE
 
     def stop(self) -> None:
@@ -255,8 +276,8 @@ class Journal:
                     deletes[table] = [key for key, (_, row) in changed.items() if row is None]
             return self.last, Batch(puts, deletes)
 
-    def has_applied(self, number: int, *, is_synced: bool) -> None:
-        """Take note that SQLite has all batches up to a number, ``is_synced``: on disk."""
+    def has_applied(self, number: int) -> None:
+        """Take note that SQLite has all batches up to a number, on disk."""
         with self._lock:
             if number == self.last:
                 self._changes = {}
@@ -267,24 +288,24 @@ class Journal:
                 for table, groups in self._groups.items():
                     self._groups[table] = {group: last for group, last in groups.items() if last > number}
             self.applied = number
-            if is_synced:
-                self.synced = number
 
     def restart(self, number: int) -> None:
         """Take note of a batch that went to SQLite directly, after all that is here, and was synced there."""
         with self._lock:
             assert self.applied == self.last < number
-            self.last = self.applied = self.synced = number
-            # The records go on behind a gap, hence in a half of their own.
-            self.half, self._tail = 1 - self.half, 0
+            self.last = self.applied = number
+            if self._tail:
+                # The records go on behind a gap, hence in a half of their own. In one with none yet they may: the other one has
+                # the newest records then, and of its beginning nothing may be lost.
+                self.half, self._tail = 1 - self.half, 0
 
     def distrust(self) -> None:
-        """Take note that a sync of SQLite failed: nothing that was applied since the last one may count as synced, ever."""
+        """Take note that a sync of SQLite failed."""
         self._is_distrusted = self.is_stopped = True
 
     def forget(self) -> None:
         """Drop what SQLite lacks: a successor has the volume, and read it here."""
-        self.is_stopped = True
+        self.is_stopped = self.is_forgotten = True
         with self._lock:
             self._changes = {}
             self._groups = {}
@@ -292,17 +313,12 @@ class Journal:
 
     def remove(self) -> None:
         """Remove the file, durably, unless it is gone already. OSError."""
-        assert self.synced == self.last
+        assert self.applied == self.last
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
         _sync_directory_of(self._path)
 
     # -- the event loop -------------------------------------------------------------------------------------------------
-
-    @property
-    def wants_sync(self) -> bool:
-        """Whether SQLite has not all of it on disk."""
-        return self.synced < self.last
 
     @property
     def has_changes(self) -> bool:

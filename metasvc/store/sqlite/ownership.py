@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from metasvc.errors import Fenced, NotOwner, StoreRefused
 from metasvc.store import Ownership
 from metasvc.store.sqlite.database import WriterConnection, transaction, unlocked_only
-from metasvc.store.sqlite.journal import Journal, JournalPaths, read_taken
-from metasvc.store.sqlite.journal_format import Header, unpack_batch
+from metasvc.store.sqlite.journal import Draft, Journal, JournalPaths, read_taken, remove_draft
+from metasvc.store.sqlite.journal_format import unpack_batch
 from metasvc.store.sqlite.owner_lock import OwnerLock
 from metasvc.store.sqlite.rows import apply_batch
 from metasvc.store.tables import Batch
@@ -35,7 +35,6 @@ __all__ = [
     "release",
     "renew",
     "replace_format",
-    "sync_journal",
 ]
 
 _OWNED = "id = ? AND owner_nonce = ? AND epoch = ?"
@@ -52,7 +51,7 @@ T = TypeVar("T")
 
 
 def acquire(
-    connection: sqlite3.Connection,
+    connection: WriterConnection,
     volume_id: int,
     uuid: str,
     lock: OwnerLock,
@@ -78,6 +77,8 @@ def acquire(
             if row[0] is not None and held_before and row[0] != nonce and row[2] > now_ns:
                 # Two owners through one handle: the lock cannot tell them apart, the row can.
                 raise NotOwner(row[1], (row[2] - now_ns) / 1e9)
+            if row[0] is not None:
+                connection.log.write_anew()
             # From here on no earlier owner's batch is acknowledged, by whatever way.
             last_batch = row[4]
             for journal_epoch, path in paths.take():
@@ -104,11 +105,11 @@ def _apply_left(
     header, records = left.header, left.records
     if (header.volume_id, header.uuid, header.epoch) != (volume_id, uuid, epoch):
         raise _other_history(path, "is of another volume")
-    if not records or records[-1][0] < last_batch:
-        return last_batch  # a large batch went past it
+    if not records or records[-1][0] <= last_batch:
+        return last_batch  # it was applied, or a large batch went past it
     if records[0][0] > last_batch + 1:
         raise _other_history(path, f"begins with batch {records[0][0]}, the database ends with batch {last_batch}")
-    # All of the chain, though the database has its beginning: what SQLite could not sync is written again.
+    # All of the chain, though the database may have its beginning: the newest version of each row is the last.
     for _, packed in records:
         apply_batch(connection, volume_id, unpack_batch(packed))
     return records[-1][0]
@@ -184,35 +185,23 @@ def begin_journal(
     volume_id: int,
     ownership: Ownership,
     paths: JournalPaths,
-    header: Header,
+    draft: Draft,
     journals: dict[int, Journal],
 ) -> None:
     """Put a journal that was drafted in its place, and into ``journals``: also for a caller who waits no more. Fenced."""
-    with transaction(connection):
-        # Under the write lock: nobody takes the volume over between the check and the file's appearance.
-        last = read_last_batch(connection, volume_id, ownership)
-        journals[volume_id] = Journal(paths, header, ownership, last=last)
+    try:
+        with transaction(connection):
+            # Under the write lock: nobody takes the volume over between the check and the file's appearance.
+            last = read_last_batch(connection, volume_id, ownership)
+            journals[volume_id] = Journal(paths, draft, ownership, last=last)
+    finally:
+        remove_draft(draft.path)  # if it is there yet
 
 
 def apply_journal(connection: WriterConnection, volume_id: int, journal: Journal) -> None:
-    """Bring what is in a journal into SQLite, for reads. Fenced: the journal is a successor's now."""
-    if journal.has_changes:
-        connection.execute("PRAGMA synchronous = NORMAL")
-        try:
-            applied = _apply(connection, volume_id, journal)
-        finally:
-            connection.execute("PRAGMA synchronous = FULL")
-        journal.has_applied(applied, is_synced=False)
-
-
-def sync_journal(connection: WriterConnection, volume_id: int, journal: Journal) -> None:
-    """Bring what is in a journal into SQLite and onto the disk, with what was applied before. Fenced as above."""
-    if journal.wants_sync:
-        journal.has_applied(_apply(connection, volume_id, journal), is_synced=True)
-
-
-def _apply(connection: WriterConnection, volume_id: int, journal: Journal) -> int:
-    """Apply all that a journal has in a transaction; the number of the last batch."""
+    """Bring what is in a journal into SQLite, in one transaction. Fenced: the journal is a successor's now."""
+    if not journal.has_changes:
+        return
     last, batch = journal.changes()
     try:
         with transaction(connection):
@@ -224,7 +213,7 @@ def _apply(connection: WriterConnection, volume_id: int, journal: Journal) -> in
         if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_FSYNC:
             journal.distrust()
         raise
-    return last
+    journal.has_applied(last)
 
 
 def _apply_changes(connection: WriterConnection, volume_id: int, journal: Journal, last: int, batch: Batch) -> None:
@@ -233,10 +222,6 @@ def _apply_changes(connection: WriterConnection, volume_id: int, journal: Journa
     values = (last, volume_id, ownership.nonce, ownership.epoch, journal.applied)
     if connection.execute(_COMMIT, values).rowcount != 1:
         raise fenced(connection, volume_id, ownership, number=journal.applied + 1)
-    if last == journal.applied:
-        # Nothing would be written, and nothing synced: SQLite leaves a page alone that gets the bytes it has.
-        connection.execute("UPDATE volume SET last_batch = last_batch + 1 WHERE id = ?", (volume_id,))
-        connection.execute("UPDATE volume SET last_batch = last_batch - 1 WHERE id = ?", (volume_id,))
     apply_batch(connection, volume_id, batch)
 
 
@@ -244,19 +229,17 @@ def commit_behind(
     connection: WriterConnection, volume_id: int, journal: Journal, ownership: Ownership, number: int, batch: Batch
 ) -> None:
     """Commit a batch directly, after what is in a journal."""
-    try:
-        apply_journal(connection, volume_id, journal)
-        commit(connection, volume_id, ownership, number, batch)
-        journal.restart(number)
-    finally:
-        journal.is_passed_by = False
+    apply_journal(connection, volume_id, journal)
+    commit(connection, volume_id, ownership, number, batch)
+    journal.restart(number)
 
 
 def end_journal(connection: WriterConnection, volume_id: int, journal: Journal) -> None:
     """Bring a stopped journal into SQLite, durably, then remove its file. If a successor has the volume, that is all."""
     with contextlib.suppress(Fenced):
-        sync_journal(connection, volume_id, journal)
-        journal.remove()
+        apply_journal(connection, volume_id, journal)
+        if not journal.is_forgotten:
+            journal.remove()
 
 
 def read_with_changes(

@@ -19,8 +19,7 @@ from metasvc.model import Dentry, Inode, VolumeFormat
 from metasvc.store import Loaded, Ownership
 from metasvc.store.sqlite import ownership as owning
 from metasvc.store.sqlite.database import WriterConnection
-from metasvc.store.sqlite.journal import Appended, Journal, JournalPaths, make_draft
-from metasvc.store.sqlite.journal_format import Header
+from metasvc.store.sqlite.journal import Appended, Draft, Journal, JournalPaths, make_draft, remove_draft
 from metasvc.store.sqlite.owner_lock import OwnerLock
 from metasvc.store.sqlite.rows import load_rows, scan_directory, scan_table
 from metasvc.store.sqlite.threads import ConnectionThreads
@@ -89,6 +88,9 @@ class SqliteVolume:
         self._closed = False
         self._ownership: Ownership | None = None
         self._direct_commits = 0
+        self._sent_directly = 0
+        """The highest number of a batch that may be on its way to SQLite directly, also one that nobody waits for any more:
+        what comes under that number again must not overtake it."""
         self._applying: asyncio.TimerHandle | None = None
 
     @property
@@ -112,7 +114,7 @@ class SqliteVolume:
             await self._writes.call(_forget, stale)
             self._drop(stale)
         self._ownership = taken
-        self._direct_commits = 0
+        self._direct_commits = self._sent_directly = 0
         if not self._journal_after:
             await self._begin_journal(taken)
         return taken
@@ -131,18 +133,20 @@ class SqliteVolume:
         self._check_open()
         journal = self._own_journal()
         if journal is None:
+            self._sent_directly = max(self._sent_directly, number)
             await self._commit_directly(ownership, number, batch, here=here)
             self._direct_commits += 1
             # There may be one by now: of a commit that nobody waits for.
             if self._direct_commits >= self._journal_after and self._own_journal() is None:
                 await self._begin_journal(ownership)
             return
-        if _is_same(journal.ownership, ownership) and number == journal.last + 1:
-            record = journal.packed(number, batch)
-            if record is not None and await self._append(journal, number, record, batch, here=here):
-                return
+        if _is_same(journal.ownership, ownership):
+            if self._sent_directly < number == journal.last + 1:
+                record = journal.packed(number, batch)
+                if record is not None and await self._append(journal, number, record, batch, here=here):
+                    return
+            self._sent_directly = max(self._sent_directly, number)
         # Too large, not the next, or not the owner's: the row decides, behind what a caller who gave up has left under way.
-        journal.is_passed_by = True
         await self._writes.call(_nothing)
         if journal.is_stopped:
             await self._end_journal(journal)
@@ -214,15 +218,17 @@ class SqliteVolume:
     async def _begin_journal(self, ownership: Ownership) -> None:
         """Make a journal; where it cannot be made commits go on without. The next commit is the first in it."""
         self._direct_commits = 0
+        path = self._paths.draft()
         try:
             # In a reader's thread: it takes a while, and the journal thread has the commits of other volumes.
-            header = await self._readers.call(
-                _draft, self._paths, self._id, ownership.epoch, self._format.uuid, self._half_bytes
+            draft = await self._readers.call(
+                _draft, path, self._id, ownership.epoch, self._format.uuid, self._half_bytes
             )
-            await self._writer.call(owning.begin_journal, self._id, ownership, self._paths, header, self._journals)
+            await self._write(owning.begin_journal, self._id, ownership, self._paths, draft, self._journals)
         except Fenced:
             return  # the next commit says so
         except StoreError as error:
+            remove_draft(path)
             log.info("commits go on without a journal: %s", error)
             self._direct_commits = self._journal_after - _TRY_AGAIN_AFTER
 
@@ -238,10 +244,10 @@ class SqliteVolume:
                 appended = await self._writes.call(_append, journal, number, record, batch)
             if appended is not Appended.NO_ROOM:
                 break
-            await self._write(owning.sync_journal, self._id, journal)
+            await self._write(owning.apply_journal, self._id, journal)
         if journal.half != half:
-            # What is in the other half has to be on disk before this one is full.
-            self._writer.post(owning.sync_journal, self._id, journal)
+            # SQLite has to have what is in the other half before this one is full.
+            self._writer.post(owning.apply_journal, self._id, journal)
         return appended is Appended.DURABLE
 
     def _apply_later(self, journal: Journal) -> None:
@@ -309,10 +315,8 @@ def _unlock(connection: sqlite3.Connection, lock: OwnerLock) -> None:
     lock.unlock()
 
 
-def _draft(
-    connection: sqlite3.Connection, paths: JournalPaths, volume_id: int, epoch: int, uuid: str, half_bytes: int
-) -> Header:
-    return make_draft(paths, volume_id=volume_id, epoch=epoch, uuid=uuid, half_bytes=half_bytes)
+def _draft(connection: sqlite3.Connection, path: str, volume_id: int, epoch: int, uuid: str, half_bytes: int) -> Draft:
+    return make_draft(path, volume_id=volume_id, epoch=epoch, uuid=uuid, half_bytes=half_bytes)
 
 
 def _append(token: JournalThread, journal: Journal, number: int, record: bytes, batch: Batch) -> Appended:

@@ -22,13 +22,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunkstore.geometry import SliceId
-from metasvc.errors import Fenced, SchemaTooNew, StoreError, StoreRefused
+from metasvc.errors import Fenced, NotOwner, SchemaTooNew, StoreError, StoreRefused
 from metasvc.model import Counter, Dentry, Ino, Slice
 from metasvc.store import Ownership
 from metasvc.store.sqlite import SqliteStore
 from metasvc.store.sqlite.journal import Appended, Journal, make_draft
 from metasvc.store.sqlite.journal_format import BLOCK_BYTES, pack_batch, pack_record
-from metasvc.store.sqlite.ownership import begin_journal, sync_journal
+from metasvc.store.sqlite.ownership import begin_journal
 from metasvc.store.sqlite.volume import SqliteVolume
 from metasvc.store.tables import COUNTER, DENTRY, SLICE, TABLES, Batch
 from tests.metasvc.store.contract import (
@@ -175,41 +175,6 @@ async def test_a_load_of_other_rows_does_not_wait_for_sqlite_and_a_load_of_chang
         assert len(await volume.scan_dir(1, after=None, limit=5)) == 1
 
 
-async def test_what_is_committed_directly_is_synced_after_the_journal_was_applied_without(world: SqliteWorld) -> None:
-    def level(connection: sqlite3.Connection) -> int:
-        return int(connection.execute("PRAGMA synchronous").fetchone()[0])
-
-    async with world.running():
-        volume, owner = await owned(world)
-        await volume.commit(owner, 1, counter(1))
-        await world.show(volume)
-        assert await volume._writer.call(level) == 2  # FULL
-        with contextlib.closing(sqlite3.connect(world.path, isolation_level=None)) as other:
-            other.execute("UPDATE volume SET last_batch = 9")
-        await volume.commit(owner, 2, counter(2))
-        await volume.scan(COUNTER, after=None, limit=1)  # the transaction fails: the row is not what it was
-        assert await volume._writer.call(level) == 2
-        with pytest.raises(Fenced):
-            await volume.commit(owner, 3, counter(3))
-
-
-async def test_what_was_applied_without_a_sync_is_synced_though_nothing_is_left_to_apply(world: SqliteWorld) -> None:
-    log = Path(f"{world.path}-wal")
-    async with world.running():
-        volume, owner = await owned(world)
-        await volume.commit(owner, 1, counter(1))
-        await world.show(volume)
-        journal, before = journal_of(volume), log.stat().st_size
-        assert (journal.applied, journal.synced) == (1, 0)
-        await volume._writer.call(sync_journal, 1, journal)
-        # A transaction that writes no page is not synced either.
-        assert log.stat().st_size >= before + 4096
-        assert (journal.applied, journal.synced) == (1, 1)
-        assert row_in_sqlite(world.path) == (1, 1)
-        await volume._writer.call(sync_journal, 1, journal)
-        assert log.stat().st_size < before + 3 * 4096
-
-
 async def test_the_record_is_written_then_synced_then_acknowledged(
     world: SqliteWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,20 +253,17 @@ class Synced:
     def __init__(self) -> None:
         self.last = 0
         self._open = 0
-        self._is_full = True
 
     def watch(self, connection: sqlite3.Connection) -> None:
         """Have the connection tell."""
         connection.set_trace_callback(self._note)
 
     def _note(self, statement: str) -> None:
-        level = re.fullmatch(r"PRAGMA synchronous = (\w+)", statement)
+        assert "synchronous" not in statement, "FULL, always"
         number = re.match(r"UPDATE volume SET last_batch = (\d+) ", statement)
-        if level:
-            self._is_full = level[1] == "FULL"
-        elif number:
+        if number:
             self._open = int(number[1])
-        elif statement == "COMMIT" and self._is_full:
+        elif statement == "COMMIT":
             self.last = max(self.last, self._open)
 
 
@@ -320,8 +282,11 @@ async def lose_power(directory: Path, rand: random.Random, monkeypatch: pytest.M
         model: Model = {table: {} for table in TABLES}
         states: list[tuple[int, Path]] = []
         last = rand.randrange(1, 60)
+        is_large = False
         for number in range(1, last + 1):
-            size = rand.choice([0, 10, 3000, 6000, 20_000 if rand.random() < 0.2 else 0])
+            # Those that are too large for a journal come in runs.
+            is_large = rand.random() < (0.6 if is_large else 0.05)
+            size = 20_000 if is_large else rand.choice([0, 10, 3000, 6000])
             batch = batch_of(
                 Counter("last", number),
                 Slice(SliceId(rand.randrange(9)), number, 1, 0, rand.randbytes(size)),
@@ -400,6 +365,76 @@ async def test_a_journal_is_applied_by_a_process_that_dies_while_it_takes_over_a
             assert set(other.files()) == {"meta.db", "meta.db.1.owner"}
 
 
+@pytest.mark.parametrize("larges", [1, 2, 3])
+async def test_a_torn_record_behind_batches_that_were_too_large_is_no_damage(
+    world: SqliteWorld, tmp_path: Path, larges: int
+) -> None:
+    last = 3 + larges
+    async with world.running():
+        volume, owner = await owned(world)
+        for number in range(1, 4):
+            await volume.commit(owner, number, counter(number))
+        for number in range(4, last + 1):
+            await volume.commit(owner, number, batch_of(Slice(SliceId(1), number, 1, 0, bytes(100_000))))
+        journal = journal_of(volume)
+        record = pack_record(journal._key, last + 1, pack_batch(batch_of(Slice(SliceId(2), 1, 1, 0, bytes(5000)))))
+        image = bytearray(world.journal_path().read_bytes())
+        second = BLOCK_BYTES + journal.half * HALF_BYTES + journal._tail + BLOCK_BYTES
+        image[second : second + BLOCK_BYTES] = record[BLOCK_BYTES:]
+        after = SqliteWorld(tmp_path / "after", journal_after=0)
+        after.path.parent.mkdir()
+        copy_database(world.path, after.path)
+        after.journal_path().write_bytes(image)
+    async with after.running():
+        assert (await acquire(await after.volume(), nonce="survivor")).last_batch == last
+
+
+async def test_who_takes_over_after_a_crash_writes_the_log_anew_before_it_commits(
+    world: SqliteWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a sync that failed has left behind is not on disk though the kernel says so: only writing it again helps.
+    log = Path(f"{world.path}-wal")
+    written: list[bytes] = []
+    real = os.pwrite
+
+    def watched(descriptor: int, data: bytes, offset: int) -> int:
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(log):
+            written.append(bytes(data))
+        return real(descriptor, data, offset)
+
+    async with world.running():
+        volume, owner = await owned(world)
+        reader = sqlite3.connect(world.path)
+        reader.execute("SELECT * FROM volume").fetchall()  # the log outlives its writer
+        await volume.commit(owner, 1, counter(1))
+        await world.show(volume)
+        await world.end_processes()
+        before = log.read_bytes()
+        monkeypatch.setattr(os, "pwrite", watched)
+        survivor = await world.volume()
+        assert (await acquire(survivor, nonce="survivor")).last_batch == 1
+        assert b"".join(written) == before
+        reader.close()
+
+
+async def test_a_database_behind_a_symbolic_link_has_one_journal(world: SqliteWorld, tmp_path: Path) -> None:
+    link = tmp_path / "elsewhere" / "linked.db"
+    link.parent.mkdir()
+    async with world.running():
+        volume, owner = await owned(world)
+        await volume.release(owner)
+        link.symlink_to(world.path)
+        store = await SqliteStore.open(str(link), journal_after=0)
+        linked = await store.open_volume("tenant", "volume")
+        owner = await acquire(linked, nonce="linked")
+        with pytest.raises(NotOwner):
+            await acquire(await world.volume(), nonce="other")
+        await linked.commit(owner, 1, counter(1))
+        assert os.listdir(link.parent) == ["linked.db"]
+        assert world.journal_path(owner.epoch).exists()
+        await store.close()
+
+
 # -- owners that are over ---------------------------------------------------------------------------------------------
 
 
@@ -465,10 +500,12 @@ async def test_an_owner_that_is_over_puts_no_journal_in_the_way_of_its_successor
         successor = await world.volume()
         new = await acquire(successor, nonce="second")
         await successor.commit(new, 1, counter(1))
-        header = make_draft(volume._paths, volume_id=1, epoch=owner.epoch, uuid="uuid", half_bytes=HALF_BYTES)
+        path = volume._paths.draft()
+        draft = make_draft(path, volume_id=1, epoch=owner.epoch, uuid="uuid", half_bytes=HALF_BYTES)
         with pytest.raises(Fenced):
-            await volume._writer.call(begin_journal, 1, owner, volume._paths, header, volume._journals)
+            await volume._writer.call(begin_journal, 1, owner, volume._paths, draft, volume._journals)
         assert not world.journal_path(owner.epoch).exists()
+        assert not os.path.exists(path)
         await world.end_processes()
         await check_counters(world, 1)
 
@@ -778,6 +815,30 @@ async def test_a_small_batch_does_not_overtake_a_large_one_that_nobody_waits_for
         assert journal_of(volume).applied == 2  # the journal is in use again
         names = [row[0] for row in await volume.scan(COUNTER, after=None, limit=9)]
         assert names == ["batch-00001", "batch-00003", "large", "last"]
+
+
+async def test_nor_two_of_which_the_first_fails_while_the_second_waits(world: SqliteWorld) -> None:
+    async with world.running():
+        volume, owner = await owned(world)
+        await volume.commit(owner, 1, counter(1))
+        await volume._writer.call(lambda connection: connection.execute("PRAGMA busy_timeout = 300"))
+        with contextlib.closing(sqlite3.connect(world.path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            for pause_s in (0.05, 0.4):
+                large = batch_of(Counter("large", 2), Slice(SliceId(1), 2, 1, 0, bytes(100_000)))
+                committing = asyncio.create_task(volume.commit(owner, 2, large))
+                await asyncio.sleep(pause_s)
+                committing.cancel()
+            small = asyncio.create_task(volume.commit(owner, 2, batch_of(Counter("small", 2))))
+            await asyncio.sleep(0.05)
+            assert not small.done()
+            other.execute("ROLLBACK")
+        with pytest.raises(Fenced, match="batch 2 does not follow the stored batch 2"):
+            await small
+        await volume.commit(owner, 3, counter(3))
+        assert journal_of(volume).applied == 2, "the journal is in use again"
+        await world.end_processes()
+        assert row_in_sqlite(world.path)[1] == 3
 
 
 async def test_a_journal_that_is_made_late_goes_on_where_the_commits_are(tmp_path: Path) -> None:

@@ -332,6 +332,7 @@ def _plot(steps: Sequence[Step], path: Path) -> None:
 @click.option(
     "--last-seconds", type=click.FloatRange(1, 3600), default=600.0, show_default=True, help="For the last one."
 )
+@click.option("--memory", default="256MiB", show_default=True, help="What the service may take for rows.")
 @click.option("--output", type=click.Path(path_type=Path), help="Directory of results.")
 @click.option("--scratch", type=click.Path(exists=True, file_okay=False, path_type=Path), default="/var/tmp")
 @click.option("--seed", type=int, default=20_240_229, show_default=True)
@@ -341,6 +342,7 @@ def main(
     clients: str,
     seconds: float,
     last_seconds: float,
+    memory: str,
     output: Path | None,
     scratch: Path,
     seed: int,
@@ -358,7 +360,7 @@ def main(
     interrupt_once(signal.SIGINT, signal.SIGTERM)
     place = Path(tempfile.mkdtemp(prefix="atoll-clients-", dir=scratch))
     try:
-        steps = _run(place, numbers, seconds=seconds, last_seconds=last_seconds, seed=seed)
+        steps = _run(place, numbers, seconds=seconds, last_seconds=last_seconds, memory=memory, seed=seed)
         text = _table(steps)
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
@@ -375,10 +377,12 @@ def main(
         raise click.ClickException("operations failed")
 
 
-def _run(place: Path, numbers: Sequence[int], *, seconds: float, last_seconds: float, seed: int) -> list[Step]:
+def _run(
+    place: Path, numbers: Sequence[int], *, seconds: float, last_seconds: float, memory: str, seed: int
+) -> list[Step]:
     steps = []
     (place / "bucket").mkdir()
-    with metadata_service(place / "service", environment={}) as service:
+    with metadata_service(place / "service", environment={}, options=("--memory", memory)) as service:
         run_step(
             [find_command("atoll"), "format", f"{service.address}/bench/clients", "--bucket", f"file://{place}/bucket"],
             log=place / "format",

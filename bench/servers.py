@@ -7,7 +7,7 @@ checks signatures and listens on loopback only. Both keep everything in the dire
 import json
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,14 +127,16 @@ class MetadataService:
 
 
 @contextmanager
-def metadata_service(directory: Path, *, environment: Mapping[str, str]) -> Iterator[MetadataService]:
+def metadata_service(
+    directory: Path, *, environment: Mapping[str, str], options: Sequence[str] = ()
+) -> Iterator[MetadataService]:
     """Run `atoll serve` on a new SQLite store; its log lies in the directory."""
     directory.mkdir()
     [port] = free_ports(1)
     command, store = find_command("atoll"), f"sqlite:///{directory}/meta.db"
     token = run_step([command, "serve", "--store", store, "--init"], log=directory / "init", limit_s=60).strip()
     arguments = [command, "serve", "--store", store, "--listen", f"127.0.0.1:{port}"]
-    arguments += ["--cache-dir", str(directory / "cache")]
+    arguments += ["--cache-dir", str(directory / "cache"), *options]
     with running(arguments, log=directory / "serve.log", environment=environment) as child:
         wait_until(lambda: _accepts(port), what="atoll serve", deadline_s=_START_DEADLINE_S, child=child)
         yield MetadataService(f"atoll://127.0.0.1:{port}", token, child.pid)

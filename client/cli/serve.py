@@ -9,15 +9,18 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
+from client.cli.options import SIZE
 from client.cli.output import say
 
 GRACE_S: Final = 2.0
+_MEMORY_BYTES: Final = 1 << 30
+_CONTAINER_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
 
 
 @click.command("serve")
@@ -26,6 +29,7 @@ GRACE_S: Final = 2.0
 @click.option("--init", "is_init", is_flag=True, help="Prepare the store, print the admin token, and exit.")
 @click.option("--insecure", is_flag=True, help="Answer without encryption to other machines, too.")
 @click.option("--metrics", metavar="HOST:PORT", help="Where to answer /metrics for Prometheus.  [nowhere]")
+@click.option("--memory", "memory_bytes", type=SIZE, help="For rows of all volumes.  [1 GiB, or 1/8 of the machine's]")
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="For compaction.  [/var/cache/atoll/serve]")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def command(
@@ -35,6 +39,7 @@ def command(
     is_init: bool,
     insecure: bool,
     metrics: str | None,
+    memory_bytes: int | None,
     cache_dir: Path | None,
     log_format: str,
 ) -> None:
@@ -69,7 +74,16 @@ def command(
     log = logs.configure(None, volume=store_url, log_format="json" if log_format == "json" else "text")
     raise_limits()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(store_url, listen, metrics=metrics, cache_dir=cache_dir, log=log))
+        runner.run(
+            _serve(
+                store_url,
+                listen,
+                metrics=metrics,
+                memory_bytes=_memory_bytes() if memory_bytes is None else memory_bytes,
+                cache_dir=cache_dir,
+                log=log,
+            )
+        )
 
 
 async def _prepare(store_url: str) -> str:
@@ -83,7 +97,9 @@ async def _prepare(store_url: str) -> str:
         await store.close()
 
 
-async def _serve(store_url: str, listen: str, *, metrics: str | None, cache_dir: Path | None, log: Any) -> None:
+async def _serve(
+    store_url: str, listen: str, *, metrics: str | None, memory_bytes: int, cache_dir: Path | None, log: Any
+) -> None:
     from client.metrics_server import metrics_server
     from client.volume import default_cache_dir
     from metasvc.jobs.served import ServedJobs
@@ -99,7 +115,13 @@ async def _serve(store_url: str, listen: str, *, metrics: str | None, cache_dir:
     try:
         tokens = await Tokens.load(store)
         jobs = ServedJobs(cache_dir=cache_dir or default_cache_dir(os.environ) / "serve", env=os.environ, log=log)
-        volumes = Volumes(store, address=f"the service at {listen}", objects_url=_objects_url(store_url), work=jobs.run)
+        volumes = Volumes(
+            store,
+            address=f"the service at {listen}",
+            memory_bytes=memory_bytes,
+            objects_url=_objects_url(store_url),
+            work=jobs.run,
+        )
         service = Service(volumes, tokens)
         async with AsyncExitStack() as stack:
             if metrics is not None:
@@ -113,6 +135,14 @@ async def _serve(store_url: str, listen: str, *, metrics: str | None, cache_dir:
             await stop.wait()
     finally:
         await store.close()
+
+
+def _memory_bytes() -> int:
+    """Return what rows may take where nobody says: an eighth of what this machine or container has, at most 1 GiB."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # "max": no bound
+        there = min(there, int(_CONTAINER_LIMIT.read_text()))
+    return min(_MEMORY_BYTES, there // 8)
 
 
 def _objects_url(store_url: str) -> str:

@@ -29,6 +29,7 @@ from metasvc.engine.committer import Committer
 from metasvc.engine.format import NEXT_INO, NEXT_SLICE
 from metasvc.engine.leases import Leases
 from metasvc.engine.memory import ABSENT, NeedRows, Rows
+from metasvc.engine.memory_budget import MemoryBudget
 from metasvc.engine.owner import OWNER_TTL_S, Owner, boottime_s
 from metasvc.engine.reservations import Reservations
 from metasvc.engine.tx import Rule, Tx, refuse
@@ -44,6 +45,7 @@ NEXT_SESSION = "next_session"
 MAX_RUNS = 200
 """Times a rule may ask for more rows; each run of a rule asks for at least one that was missing."""
 DEFAULT_MEMORY_BYTES = 64 * 1024 * 1024
+"""What the rows of a volume may take that no service shares among several."""
 LOAD_AT_ONCE = 1000
 Changes = Mapping[Table, Mapping[Any, Row | None]]
 """Of an operation: by table and key the row as it is to be, None if it goes."""
@@ -65,14 +67,14 @@ class Engine:
         store: VolumeStore,
         owner: Owner,
         *,
-        memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        memory: MemoryBudget,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self.store = store
         self.owner = owner
         self.clock_ns = clock_ns
         self.format: VolumeFormat = store.format
-        self.rows = Rows(store, limit_bytes=memory_bytes)
+        self.rows = Rows(store, budget=memory)
         self.committer = Committer(store, owner, self.rows, on_failure=self._fail)
         self.reservations = Reservations()
         self.leases = Leases()
@@ -109,7 +111,7 @@ class Engine:
         store: VolumeStore,
         *,
         address: str,
-        memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        memory: MemoryBudget | None = None,
         ttl_s: float = OWNER_TTL_S,
         clock_ns: Callable[[], int] = time.time_ns,
         clock_s: Callable[[], float] = boottime_s,
@@ -118,10 +120,11 @@ class Engine:
         """Acquire a volume, load what stays in memory, and end the sessions of earlier owners.
 
         With ``keep_sessions`` they stay, with what they sustain and their slice ids: the caller has their clients go on
-        (resume_session), or ends them. NotOwner while another process owns the volume.
+        (resume_session), or ends them. ``memory`` bounds the rows at hand, 64 MiB of its own if not given.
+        NotOwner while another process owns the volume.
         """
         owner = await Owner.acquire(store, address=address, ttl_s=ttl_s, clock_s=clock_s)
-        engine = cls(store, owner, memory_bytes=memory_bytes, clock_ns=clock_ns)
+        engine = cls(store, owner, memory=memory or MemoryBudget(DEFAULT_MEMORY_BYTES), clock_ns=clock_ns)
         try:
             await engine.rows.load_resident()
             engine._next_ino = engine.counter(NEXT_INO)

@@ -191,4 +191,4 @@ class Listing:
         # What missed nothing for two generations is not being read at random now, or is gone.
         recent = habit.generation - 2
         together_bytes = sum(each.content_bytes for each in self._habits.values() if each.generation >= recent)
-        return together_bytes <= CONTENT_SHARE * rows.limit_bytes
+        return together_bytes <= CONTENT_SHARE * rows.allowance_bytes

@@ -5,9 +5,10 @@ changes that the store may not show yet. It must not know any rule of POSIX.
 
 Layers, each current where it has an answer:
 
-- *cached*: two generations per table. A hit in the old generation moves to the young one; when the young
-  one is full (half of the limit; looked at when an operation changes something or begins to load) the old
-  one is dropped. A grouped table caches whole groups; a *complete* group answers for absent members too.
+- *cached*: two generations per table. A hit in the old generation moves to the young one; when the young one is
+  full (half of what the volume may take; looked at when an operation changes something or begins to load) the
+  old one is dropped. It may be dropped between any two steps of an operation, too, when another volume of the
+  process needs room. A grouped table caches whole groups; a *complete* group answers for absent members too.
 - *pinned*: rows and tombstones changed by batches that are not durable, or that a load or scan now under
   way might have missed. Pinned rows are never evicted.
 
@@ -27,6 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
+from metasvc.engine.memory_budget import MemoryBudget
 from metasvc.model import Dentry, Inode
 from metasvc.store import VolumeStore
 from metasvc.store.tables import (
@@ -84,12 +86,14 @@ class Group:
 
 
 class _Size:
-    """What the young generation of all tables takes, estimated in bytes."""
+    """What the generations of all tables take, estimated in bytes."""
 
-    __slots__ = ("young_bytes",)
+    __slots__ = ("old_bytes", "young_bytes")
 
     def __init__(self) -> None:
         self.young_bytes = 0
+        self.old_bytes = 0
+        """As it was when this generation became the old one: rows that were used again since count in both."""
 
 
 def _cost_bytes(row: Row | None) -> int:
@@ -140,10 +144,11 @@ class _Grouped:
 class Rows:
     """All rows of a volume that the owner has in memory."""
 
-    def __init__(self, store: VolumeStore, *, limit_bytes: int) -> None:
+    def __init__(self, store: VolumeStore, *, budget: MemoryBudget) -> None:
         self._store = store
-        self.limit_bytes = limit_bytes
+        self._budget = budget
         self._size = _Size()
+        self._next_look_bytes = 0
         self._flat = {table: _Flat(self._size) for table in TABLES if not table.grouped}
         self._grouped = {table: _Grouped(self._size) for table in TABLES if table.grouped}
         # The values are (row or None, number of the batch that changed it).
@@ -157,11 +162,22 @@ class Rows:
         """All batches up to this number are durable."""
         self.loads_total = 0
         self.evicted_generations_total = 0
+        budget.join(self)
 
     @property
-    def used_bytes(self) -> int:
-        """Return about how much the rows that were used lately take; the older half is not counted."""
+    def young_bytes(self) -> int:
+        """Return about what the rows take that were used since the last change of generation."""
         return self._size.young_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Return about what all rows take."""
+        return self._size.young_bytes + self._size.old_bytes
+
+    @property
+    def allowance_bytes(self) -> int:
+        """Return what the rows may take now: more if other volumes of this process need less."""
+        return self._budget.allowance_bytes(self)
 
     # -- looking up -----------------------------------------------------------------------------------
 
@@ -256,8 +272,9 @@ class Rows:
 
     def make_room(self) -> None:
         """Forget what was not used for longest if memory is at its bound. Not between two loads of one operation."""
-        if self._size.young_bytes > self.limit_bytes // 2:
-            self._turn_generation()
+        if self._size.young_bytes > self._next_look_bytes:
+            self._budget.make_room(self)
+            self._next_look_bytes = self._size.young_bytes + self._budget.step_bytes
 
     def mark_durable(self, batch: int, keys: list[tuple[Table, Any]]) -> None:
         """Say that a batch is in the store; unpin its rows as soon as no older read is under way."""
@@ -281,8 +298,10 @@ class Rows:
                     if not members:
                         del self._pinned_groups[table][key[0]]
 
-    def _turn_generation(self) -> None:
-        self._size.young_bytes = 0
+    def turn_generation(self) -> None:
+        """Drop the old generation; the young one becomes old. Not while a rule runs."""
+        self._size.old_bytes, self._size.young_bytes = self._size.young_bytes, 0
+        self._next_look_bytes = self._budget.step_bytes
         self.evicted_generations_total += 1
         for flat_table, flat in self._flat.items():
             if flat_table not in RESIDENT:

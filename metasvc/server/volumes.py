@@ -27,6 +27,7 @@ from chunkstore.errors import AtollError
 from metasvc.engine import Engine, EngineAdmin
 from metasvc.engine.accounts import USED_BYTES, USED_INODES
 from metasvc.engine.engine import DEFAULT_MEMORY_BYTES
+from metasvc.engine.memory_budget import MemoryBudget
 from metasvc.errors import VolumeMissing
 from metasvc.model import Ino, SessionId, VolumeFormat
 from metasvc.server.metrics import ServiceMetrics
@@ -94,7 +95,7 @@ class Volume:
         store: VolumeStore,
         *,
         address: str,
-        memory_bytes: int,
+        memory: MemoryBudget,
         expiry_s: float,
         return_s: float,
         objects_url: str = "",
@@ -102,7 +103,7 @@ class Volume:
         metrics: ServiceMetrics | None = None,
     ) -> Volume:
         """Own a volume, and do its work. NotOwner while another process owns it."""
-        engine = await Engine.open(store, address=address, memory_bytes=memory_bytes, keep_sessions=True)
+        engine = await Engine.open(store, address=address, memory=memory, keep_sessions=True)
         volume = cls(store, engine, expiry_s=expiry_s, objects_url=objects_url, metrics=metrics)
         if metrics is not None:
             engine.committer.observe = metrics.observe_commit
@@ -134,8 +135,8 @@ class Volume:
             "sessions_connected": sum(session.outlet is not None for session in sessions),
             "sessions_expired": self.expired_total,
             "requests_outstanding": sum(session.outstanding for session in sessions),
-            "memory_bytes": rows.used_bytes,
-            "memory_limit_bytes": rows.limit_bytes,
+            "memory_bytes": rows.held_bytes,
+            "memory_limit_bytes": rows.allowance_bytes,
             "loads": rows.loads_total,
             "used_bytes": self.engine.counter(USED_BYTES),
             "used_inodes": self.engine.counter(USED_INODES),
@@ -304,7 +305,7 @@ class Volumes:
     ) -> None:
         """``address`` is what other processes are told of the owner; ``objects_url`` where the default bucket lies.
 
-        ``work`` is done for each volume while it is open.
+        ``work`` is done for each volume while it is open. Their rows at hand share ``memory_bytes``.
         """
         self._objects_url = objects_url
         self._work = work
@@ -313,7 +314,7 @@ class Volumes:
         self.expiry_s = expiry_s
         self._return_s = return_s
         self._address = address
-        self._memory_bytes = memory_bytes
+        self._memory = MemoryBudget(memory_bytes)
         self._open: dict[tuple[str, str], Volume] = {}
         self._opening: dict[tuple[str, str], asyncio.Lock] = {}
         self._watches: set[asyncio.Task[None]] = set()
@@ -342,7 +343,7 @@ class Volumes:
                 volume = await Volume.open(
                     store,
                     address=self._address,
-                    memory_bytes=self._memory_bytes,
+                    memory=self._memory,
                     expiry_s=self.expiry_s,
                     return_s=self._return_s,
                     objects_url=self._objects_url,

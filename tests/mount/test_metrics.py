@@ -66,7 +66,7 @@ def test_the_page_names_every_metric_and_no_other(tmp_path: Path) -> None:
         assert names((volume.path / ".atoll" / "stats").read_text()) == names(scrape(port))
     (tmp_path / "bucket").mkdir()
     with (
-        service(tmp_path, options=("--metrics", f"127.0.0.1:{service_port}")) as running,
+        service(tmp_path, options=("--metrics", f"127.0.0.1:{service_port}", "--memory", "3MiB")) as running,
         mounted_from(
             running,
             tmp_path,
@@ -81,6 +81,7 @@ def test_the_page_names_every_metric_and_no_other(tmp_path: Path) -> None:
         assert names(text) | {"atoll_meta_requests_repeated_total"} == documented("Of a service")
         assert re.search(r'atoll_meta_request_duration_seconds_count\{op="create"\} 2\.0', text)
         assert 'atoll_meta_sessions_connected{volume="acme/data"} 1.0' in text
+        assert re.search(r'atoll_meta_memory_limit_bytes\{volume="acme/data"\} 3\.145728e\+06', text)
         with pytest.raises(urllib.error.HTTPError):
             scrape(service_port, "/other")
         shown = atoll("top", str(volume.path), "--count", "1", "--interval", "0.2")

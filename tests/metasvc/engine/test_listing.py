@@ -10,6 +10,7 @@ import stat
 import pytest
 
 from metasvc.engine.memory import ROW_COST_BYTES, Rows
+from metasvc.engine.memory_budget import MemoryBudget
 from metasvc.errors import FsError
 from metasvc.model import ROOT_INO, Dentry, Ino, Inode
 from metasvc.store import Loaded, VolumeStore
@@ -106,7 +107,7 @@ async def test_a_change_that_only_its_pin_remembers_belongs_to_a_directory_that_
     async with opened(volume_store) as volume:
         await _create(volume, b"removed")
         inode = await _create(volume, b"kept")
-    rows = Rows(volume_store, limit_bytes=10 * ROW_COST_BYTES)
+    rows = Rows(volume_store, budget=MemoryBudget(10 * ROW_COST_BYTES))
     added = Dentry(ROOT_INO, b"added", inode.ino, stat.S_IFREG)
     rows.apply({DENTRY: {(ROOT_INO, b"added"): added, (ROOT_INO, b"removed"): None}}, 1)
     before = rows.evicted_generations_total
@@ -128,7 +129,7 @@ async def test_a_name_whose_commit_ends_between_two_pages_is_not_forgotten(limit
         inode = await _create(volume, b"a")
         for name in (b"b", b"c"):
             await _create(volume, name)
-    rows = Rows(volume_store, limit_bytes=10 * ROW_COST_BYTES)
+    rows = Rows(volume_store, budget=MemoryBudget(10 * ROW_COST_BYTES))
     # The store has "a" and memory has it changed, in a commit under way; the directory was dropped from the cache since.
     changed = Dentry(ROOT_INO, b"a", inode.ino, stat.S_IFREG)
     rows.apply({DENTRY: {(ROOT_INO, b"a"): changed}}, 1)
@@ -151,7 +152,7 @@ async def test_a_page_whose_names_were_all_removed_is_not_the_end() -> None:
     async with opened(volume_store) as volume:
         for name in NAMES:
             await _create(volume, name)
-    rows = Rows(volume_store, limit_bytes=50_000_000)
+    rows = Rows(volume_store, budget=MemoryBudget(50_000_000))
     rows.apply({DENTRY: {(ROOT_INO, name): None for name in NAMES[5:25]}}, 1)
     found, end = await rows.scan_dir(ROOT_INO, after=NAMES[4], limit=10)
     assert [dentry.name for dentry, _ in found] == NAMES[25:35]

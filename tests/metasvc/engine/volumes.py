@@ -10,6 +10,8 @@ from chunkstore.geometry import SliceId
 from metasvc.api import MetaClient
 from metasvc.api.admin import MetaAdmin
 from metasvc.engine import Engine, EngineAdmin, EngineSession, first_rows
+from metasvc.engine.engine import DEFAULT_MEMORY_BYTES
+from metasvc.engine.memory_budget import MemoryBudget
 from metasvc.model import Caller, Commit, FileMap, Ino, Inode, SliceKind, SliceRef, VolumeFormat, WrittenSlice
 from metasvc.store import Store, VolumeStore
 
@@ -95,17 +97,19 @@ class Way:
 
 
 @contextlib.asynccontextmanager
-async def opened(store: VolumeStore, **options: Any) -> AsyncIterator[Opened]:
+async def opened(
+    store: VolumeStore, *, memory_bytes: int = DEFAULT_MEMORY_BYTES, **options: Any
+) -> AsyncIterator[Opened]:
     """Open a volume with one session; at the end fsck must find nothing."""
     if Way.over_the_wire:
         from tests.metasvc.server.served import connected, served
 
-        async with served(store, **options) as service, connected(service) as client:
+        async with served(store, memory_bytes=memory_bytes, **options) as service, connected(service) as client:
             volume = Opened((await service.volume()).engine, client.meta, client.admin)
             yield volume
             assert await volume.problems() == []
         return
-    async with await Engine.open(store, address="test", **options) as engine:
+    async with await Engine.open(store, address="test", memory=MemoryBudget(memory_bytes), **options) as engine:
         async with await EngineSession.begin(engine, host="test", pid=1) as session:
             volume = Opened(engine, session, EngineAdmin(engine))
             yield volume

@@ -41,6 +41,8 @@ PAGE_AHEAD: Final = 1000
 through the directory before. 5,000 names in five directories, by turns: 10.2 us a name, else 10.8."""
 ENTRIES_AHEAD: Final = 2000
 """So many entries at most are asked for at once: 20 ms of a walk, 10 of the service."""
+ENTRIES_BESIDE: Final = 200
+"""So many are asked for together with a page that somebody waits for: all replies to one message come together."""
 _BRANCHES_KEPT: Final = 256
 _LARGEST: Final = 4096
 """Subdirectories of a directory that are remembered."""
@@ -100,16 +102,16 @@ class Walk:
         ahead = self._take(ino, limit)
         page: DirPage | None = None
         if ahead is None:
-            self._look_ahead(ino)
+            self._look_ahead(ino, ENTRIES_BESIDE)
         else:
             try:
                 page = await asyncio.shield(ahead)
             except AtollError:
                 pass
         if page is None:
-            page = await self._read_first(ino, limit)
+            page = await self._read_first(ino, limit if self._steps < STEPS else max(limit, PAGE_AHEAD))
             self._note(ino, page)
-        self._look_ahead(ino)
+        self._look_ahead(ino, ENTRIES_AHEAD)
         return page
 
     # -- where it is ------------------------------------------------------------------------------------------------------
@@ -125,12 +127,21 @@ class Walk:
             self._visited.clear()
         else:
             self._steps += 1
-            before = self._places.get(last)
-            if before is not None and before.parent == place.parent:
-                self._order = 1 if place.position > before.position else -1
+            self._order = self._order_of(last, place)
         if len(self._visited) >= _VISITED_KEPT:
             self._visited.clear()
         self._visited[ino] = None
+
+    def _order_of(self, last: Ino, place: _Place) -> int:
+        """Return in which order siblings are taken: from the last directory, or the one above it that is a sibling."""
+        for _ in range(_DEPTH_MAX):
+            before = self._places.get(last)
+            if before is None:
+                break
+            if before.parent == place.parent:
+                return 1 if place.position > before.position else -1
+            last = before.parent
+        return self._order
 
     def _note(self, ino: Ino, page: DirPage) -> None:
         """Remember the subdirectories that a listing has shown."""
@@ -193,7 +204,7 @@ class Walk:
         self._steps = -self._rest
         self._most = FIRST_AHEAD
 
-    def _look_ahead(self, ino: Ino) -> None:
+    def _look_ahead(self, ino: Ino, most_entries: int) -> None:
         """Ask for what comes after a directory, unless enough of it was asked for."""
         if self._steps < STEPS:
             return
@@ -212,7 +223,7 @@ class Walk:
                     return  # enough of what comes next: many at a time are one message
                 continue
             entries += 1 + min(size, PAGE_AHEAD)
-            if entries > ENTRIES_AHEAD:
+            if entries > most_entries:
                 break
             wanted.append(other)
         now_s, changes = self._now_s(), self._changes()

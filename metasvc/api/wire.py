@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
 from google.protobuf.message import Message
@@ -36,6 +37,9 @@ from metasvc.model import (
 R = TypeVar("R")
 
 _REF: Final = struct.Struct("<QQII")
+# What `_make` does, without a call of Python for each: 0.3 us of 2.5 that a name of a listing takes here.
+_NEW_INODE: Final = partial(tuple.__new__, Inode)
+_NEW_ENTRY: Final = partial(tuple.__new__, Entry)
 
 
 # -- inodes ---------------------------------------------------------------------------------------------------------------
@@ -83,7 +87,7 @@ def inodes_of(message: pb.Inodes) -> list[Inode]:
             message.size_epoch,
             strict=True,
         )
-        return list(map(Inode._make, rows))
+        return list(map(_NEW_INODE, rows))
     except ValueError as error:
         raise StoreError("the service sent inodes whose columns differ in length") from error
 
@@ -101,7 +105,7 @@ def page_of(reply: pb.Reply) -> DirPage:
     inodes = inodes_of(reply.inodes)
     if len(inodes) != len(reply.names):
         raise StoreError(f"the service sent {len(reply.names)} names for {len(inodes)} inodes")
-    return DirPage(list(map(Entry, reply.names, inodes)), reply.end)
+    return DirPage(list(map(_NEW_ENTRY, zip(reply.names, inodes, strict=True))), reply.end)
 
 
 def put_page(page: DirPage, into: pb.Reply) -> None:

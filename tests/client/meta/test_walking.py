@@ -30,6 +30,9 @@ class Tree:
             self.children.setdefault(rng.randrange(max(1, number - 20), number), []).append(number)
             self.children.setdefault(number, [])
         self.asked: list[int] = []
+        self.size = 0
+        """Of each directory, as the listing of the one above says."""
+        self.limits: dict[int, int] = {}
         self.changes = 0
         self.clock = Clock()
         self.answers: asyncio.Event | None = None
@@ -39,6 +42,7 @@ class Tree:
     async def read(self, ino: Ino, limit: int) -> DirPage:
         assert limit in (LIMIT, PAGE_AHEAD)
         self.asked.append(ino)
+        self.limits[ino] = limit
         if self.answers is not None:
             await self.answers.wait()
         await asyncio.sleep(0)
@@ -48,7 +52,9 @@ class Tree:
         return self.page(ino)
 
     def page(self, ino: int) -> DirPage:
-        entries = [Entry(b"%06d" % child, inode(child)) for child in sorted(self.children[ino])]
+        entries = [
+            Entry(b"%06d" % child, inode(child)._replace(size_bytes=self.size)) for child in sorted(self.children[ino])
+        ]
         return DirPage(entries, end=True)
 
     def in_order(self, of: int = 1, step: int = 1) -> Iterator[int]:
@@ -141,17 +147,43 @@ async def test_large_directories_are_not_all_asked_for_at_once() -> None:
     tree = Tree(0, 0)
     tree.children = {1: list(range(2, 200)), **{number: [] for number in range(2, 200)}}
 
-    def page(ino: int) -> DirPage:
-        children = sorted(tree.children[ino])
-        return DirPage(
-            [Entry(b"%06d" % child, inode(child)._replace(size_bytes=10_000)) for child in children], end=True
-        )
-
-    tree.page = page  # type: ignore[method-assign]
+    tree.size = 10_000
     for ino in (1, 2, 3, 4):
         await tree.walk.first_page(Ino(ino), LIMIT)
     await asyncio.sleep(0.01)
     assert len(tree.asked) - 4 <= ENTRIES_AHEAD // PAGE_AHEAD
+
+
+async def test_the_order_is_learned_where_a_walk_comes_back_up() -> None:
+    tree = Tree(0, 0)
+    # As a walk with a stack takes them: 3 with what is below it before 2, and there the last child first.
+    tree.children = {1: [2, 3], 2: [10, 11, 12, 13], 3: [20], **{number: [] for number in (10, 11, 12, 13, 20)}}
+    tree.size = PAGE_AHEAD
+    for ino in (1, 3, 20, 2):
+        await tree.walk.first_page(Ino(ino), LIMIT)
+    await asyncio.sleep(0.01)
+    assert tree.asked == [1, 3, 20, 2, 13]
+    await tree.walk.first_page(Ino(13), LIMIT)
+    await asyncio.sleep(0.01)
+    assert tree.asked == [1, 3, 20, 2, 13, 12]
+
+
+async def test_a_walk_asks_for_whole_directories_and_none_delays_the_one_that_is_waited_for() -> None:
+    tree = Tree(0, 0)
+    tree.children = {1: [2, 3, 4, 5, 6], **{number: [] for number in range(2, 7)}}
+    tree.size = PAGE_AHEAD
+    for ino in (1, 2):
+        await tree.walk.first_page(Ino(ino), LIMIT)
+    assert tree.limits == {1: LIMIT, 2: LIMIT}, "no walk yet"
+    tree.answers = asyncio.Event()
+    third = asyncio.ensure_future(tree.walk.first_page(Ino(3), LIMIT))
+    await asyncio.sleep(0.01)
+    assert tree.asked == [1, 2, 3], "what is large comes in a message of its own"
+    assert tree.limits[3] == PAGE_AHEAD
+    tree.answers.set()
+    await third
+    await asyncio.sleep(0.01)
+    assert tree.asked == [1, 2, 3, 4]
 
 
 async def test_a_walk_over_the_wire_needs_few_messages(tmp_path: Path) -> None:

@@ -256,8 +256,9 @@ class Rows:
                     if row is None and group.complete:
                         group.rows.pop(key[1], None)
                     else:
+                        if key[1] not in group.rows:
+                            self._size.young_bytes += ROW_COST_BYTES
                         group.rows[key[1]] = row
-                        self._size.young_bytes += ROW_COST_BYTES
             else:
                 young = self._flat[table]
                 for key, row in rows.items():
@@ -266,8 +267,9 @@ class Rows:
                     if table in _WRITTEN_ONLY:
                         young.young.pop(key, None)
                         continue
+                    former = young.young.get(key, _ABSENT)
+                    self._size.young_bytes += _cost_bytes(row) - (0 if former is _ABSENT else _cost_bytes(former))
                     young.young[key] = row
-                    self._size.young_bytes += _cost_bytes(row)
         self.make_room()
 
     def make_room(self) -> None:

@@ -7,10 +7,13 @@ import random
 
 import pytest
 
+from chunkstore.geometry import SliceId
 from metasvc.engine import Engine, EngineSession
+from metasvc.engine.memory import ROW_COST_BYTES, Rows
 from metasvc.engine.memory_budget import LOOKS, MemoryBudget
-from metasvc.model import ROOT_INO
+from metasvc.model import ROOT_INO, SetAttr, Slice, SliceKind
 from metasvc.store.memory import MemoryStore
+from metasvc.store.tables import SLICE
 from tests.metasvc.engine.volumes import ROOT, format_volume
 
 LIMIT = 64_000
@@ -131,3 +134,25 @@ async def test_rows_of_two_volumes_share_one_limit() -> None:
             async with await EngineSession.begin(engine, host="test", pid=1) as session:
                 page = await session.readdir(ROOT_INO, after=None, limit=5_000)
             assert [entry.name for entry in page.entries] == NAMES
+
+
+async def test_a_row_that_is_changed_again_and_again_takes_no_more_memory() -> None:
+    store = await format_volume(MemoryStore())
+    budget = MemoryBudget(2_000_000)
+    async with (
+        await Engine.open(store, address="test", memory=budget) as engine,
+        await EngineSession.begin(engine, host="test", pid=1) as session,
+    ):
+        made = await session.create(ROOT, ROOT_INO, b"file", mode=0o644, exclusive=True)
+        held = engine.rows.held_bytes
+        for mode in range(500):
+            await session.setattr(ROOT, made.inode.ino, SetAttr(mode=mode))
+        assert engine.rows.held_bytes <= held + 10 * ROW_COST_BYTES
+
+
+async def test_inline_bytes_count_where_the_slice_was_known_to_be_absent() -> None:
+    rows = Rows(await format_volume(MemoryStore()), budget=MemoryBudget(2_000_000))
+    rows.install(SLICE, 5, None)
+    held = rows.held_bytes
+    rows.apply({SLICE: {5: Slice(SliceId(5), 30_000, 1, SliceKind.INLINE, bytes(30_000))}}, 1)
+    assert rows.held_bytes >= held + 30_000

@@ -89,11 +89,13 @@ log = logging.getLogger(__name__)
 class _Pending:
     """A request without a reply."""
 
-    __slots__ = ("began_s", "future", "is_repeated", "is_sent", "name", "request", "was_sent")
+    __slots__ = ("began_s", "future", "is_repeated", "is_sent", "name", "request", "settled", "was_sent")
 
-    def __init__(self, request: pb.Request, name: str) -> None:
+    def __init__(self, request: pb.Request, name: str, settled: Callable[[], None] | None = None) -> None:
         self.request = request
         self.name = name
+        self.settled = settled
+        """Called once, when the service is done with the request, whoever waits for it."""
         self.is_sent = False
         """On this stream."""
         self.is_repeated = False
@@ -148,8 +150,10 @@ class SessionConnection:
         """Up to where files that are open may grow, in bytes, by the service's word."""
         self._sent = 0
         """Requests that went out on this stream and have no reply, those given up included: the service counts them."""
-        self._given_up: set[int] = set()
+        self._given_up: dict[int, _Pending] = {}
         """Those whose time was up."""
+        self._left: dict[int, _Pending] = {}
+        """Those whose time was up while no stream stood, and which went out on an earlier one."""
         self._sign_is_due = False
         self._flush_is_due = False
         self._later: asyncio.TimerHandle | None = None
@@ -229,21 +233,18 @@ class SessionConnection:
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
-    async def call(self, name: str, operation: Any) -> pb.Reply:
-        """Send one operation and return its reply. Raises what the operation raised, or EIO when the time is up."""
-        while len(self._pending) >= self._welcome.max_outstanding or self._next - self._confirmed() >= WINDOW:
-            self._room.clear()
-            await self._room.wait()
-        if self._over is not None:
-            raise self._over
-        if self._is_away_too_long():
-            raise self._too_long()
-        request = pb.Request(number=self._next, **{name: operation})
-        self._next += 1
-        self.requests += 1
-        pending = self._pending[request.number] = _Pending(request, name)
-        self._outgoing.append(request)
-        self._flush_soon()
+    async def call(self, name: str, operation: Any, *, settled: Callable[[], None] | None = None) -> pb.Reply:
+        """Send one operation and return its reply. Raises what the operation raised, or EIO when the time is up.
+
+        ``settled`` is called once, when the request surely changes nothing any more: it may be after the caller has gone, if it
+        was sent, and is called before this raises if it was not.
+        """
+        try:
+            pending = await self._begin(name, operation, settled)
+        except BaseException:
+            if settled is not None:
+                settled()
+            raise
         try:
             reply = await pending.future
         except asyncio.CancelledError:
@@ -254,6 +255,22 @@ class SessionConnection:
         if reply.HasField("failure"):
             raise wire.error_of(reply.failure)
         return reply
+
+    async def _begin(self, name: str, operation: Any, settled: Callable[[], None] | None) -> _Pending:
+        while len(self._pending) >= self._welcome.max_outstanding or self._next - self._confirmed() >= WINDOW:
+            self._room.clear()
+            await self._room.wait()
+        if self._over is not None:
+            raise self._over
+        if self._is_away_too_long():
+            raise self._too_long()
+        request = pb.Request(number=self._next, **{name: operation})
+        self._next += 1
+        self.requests += 1
+        pending = self._pending[request.number] = _Pending(request, name, settled)
+        self._outgoing.append(request)
+        self._flush_soon()
+        return pending
 
     def release(self, ino: Ino) -> None:
         """Give back one open, soon. Nobody waits for it: what it frees is the service's matter."""
@@ -300,7 +317,11 @@ class SessionConnection:
         del self._pending[number]
         self._room.set()
         if pending.is_sent:
-            self._given_up.add(number)
+            self._given_up[number] = pending
+        elif self._frames is not None or not pending.was_sent:
+            _settle(pending)
+        else:
+            self._left[number] = pending
         if pending.future.done():
             return
         if pending.name == "release":
@@ -316,15 +337,18 @@ class SessionConnection:
 
     def _fail(self, number: int, error: AtollError) -> None:
         pending = self._take(number)
-        if pending is not None and not pending.future.done():
-            pending.future.set_exception(error)
+        if pending is not None:
+            _settle(pending)
+            if not pending.future.done():
+                pending.future.set_exception(error)
 
     def _receive(self, reply: pb.Reply) -> None:
         """Complete a request. The one place that counts opens."""
         pending = self._take(reply.number)
         if pending is None:
-            if reply.number in self._given_up:
-                self._given_up.discard(reply.number)
+            given_up = self._given_up.pop(reply.number, None)
+            if given_up is not None:
+                _settle(given_up)
                 self._answered()
             if reply.opens:
                 # An open or create that was given up: nobody will release it. Counted, as its release will be.
@@ -332,6 +356,7 @@ class SessionConnection:
                 self._opens[ino] += 1
                 self.release(ino)
             return
+        _settle(pending)
         if pending.is_repeated:
             # They are what they were when it was applied, which may be long ago.
             reply.ClearField("directories")
@@ -484,7 +509,11 @@ class SessionConnection:
         self._failure = None
         self._outgoing = [pending.request for pending in self._pending.values()]
         self._sent = 0
+        # Whoever is welcome has nothing under way at the service any more.
+        for pending in (*self._given_up.values(), *self._left.values()):
+            _settle(pending)
         self._given_up.clear()
+        self._left.clear()
         for pending in self._pending.values():
             pending.is_sent = False
             pending.is_repeated = pending.was_sent
@@ -617,3 +646,9 @@ class SessionConnection:
                 # Not in order of their numbers, once what waited was numbered anew.
                 if pending.began_s <= late_s:
                     self._give_up(number, pending)
+
+
+def _settle(pending: _Pending) -> None:
+    settled, pending.settled = pending.settled, None
+    if settled is not None:
+        settled()

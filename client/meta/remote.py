@@ -142,17 +142,21 @@ class RemoteMeta:
         ``moves``: a directory that is remembered may be gone by it, or moved.
         """
         leased = self._leased
-        if operation in _REMOVING:
-            await self._register_opens({parent for parent, _ in names})
+        # First of all: what is forgotten nobody opens by lease any more.
         asked = leased.begin(names=names, inos=inos if ino is None else (ino, *inos), moves=moves)
         try:
-            reply = await self._call(operation, message)
+            if operation in _REMOVING:
+                await self._register_opens({parent for parent, _ in names})
+        except BaseException:
+            leased.end()
+            raise
+        try:
+            # Who gives up waiting ends nothing: it may come into force long after, and nobody calls back what this session has.
+            reply = await self._call(operation, message, settled=leased.end)
         except BaseException:
             # It may have been applied, and is told to nobody.
             self._recent.clear()
             raise
-        finally:
-            leased.end()
         if moves:
             self._recent.clear()
         elif ino is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from client.meta.endpoint import ServiceUnavailable
 from metasvc.engine import Engine
 from metasvc.engine import leases as leasing
 from metasvc.engine.memory import ABSENT
@@ -115,6 +116,55 @@ async def test_after_a_restart_of_the_service_nobody_is_told_of_a_name_that_an_o
         relay.cut()
         relay.open.set()
         assert await is_there(one, directory, b"n")
+
+
+@pytest.mark.parametrize("how", ["cancelled", "timeout"])
+async def test_a_change_that_nobody_waits_for_any_more_is_seen_when_it_comes_into_force(how: str) -> None:
+    options: dict[str, Any] = {"timeout_s": 0.5} if how == "timeout" else {}
+    async with (
+        served(await format_volume(MemoryStore())) as service,
+        connected(service, **options) as one,
+        connected(service) as two,
+    ):
+        directory = (await one.meta.mkdir(ROOT, ROOT_INO, b"d", mode=0o755)).ino
+        file = await make(one, directory, b"f")
+        async with (await service.volume()).engine.changes_held():
+            changing = [
+                asyncio.create_task(one.meta.symlink(ROOT, directory, b"n", b"x")),
+                asyncio.create_task(one.meta.setattr(ROOT, file, SetAttr(mode=0o600))),
+            ]
+            await asyncio.sleep(0.05)
+            if how == "cancelled":
+                for task in changing:
+                    task.cancel()
+            results = await asyncio.gather(*changing, return_exceptions=True)
+            expected = asyncio.CancelledError if how == "cancelled" else ServiceUnavailable
+            assert [type(result) for result in results] == [expected, expected]
+            page = await one.meta.readdir(directory, after=None, limit=100)
+            assert [entry.name for entry in page.entries] == [b"f"]
+        while not await is_there(two, directory, b"n"):
+            await asyncio.sleep(0.01)
+        while (await two.meta.getattr(file)).mode & 0o777 != 0o600:
+            await asyncio.sleep(0.01)
+        await make(one, directory, b"other")  # its lease is extended
+        assert await is_there(one, directory, b"n")
+        assert (await one.meta.lookup(directory, b"f")).mode & 0o777 == 0o600
+
+
+async def test_a_file_that_is_being_removed_is_not_opened_by_lease() -> None:
+    async with clients(1) as (service, (one,), _):
+        directory = (await one.meta.mkdir(ROOT, ROOT_INO, b"d", mode=0o755)).ino
+        first, second = [await make(one, directory, name) for name in (b"first", b"second")]
+        await known(one, directory, first, second)
+        await one.meta.open(first, reading=True)
+        removing = asyncio.create_task(one.meta.unlink(ROOT, directory, b"second"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not removing.done(), "the service is told what is open in the directory, before the removal is sent"
+        await one.meta.open(second, reading=True)
+        await removing
+        assert (await service.volume()).engine.sessions_holding(second), "what is open is kept"
+        assert (await one.meta.getattr(second)).nlink == 0
 
 
 async def test_a_recall_right_behind_the_reply_that_brought_the_lease_is_heeded() -> None:
@@ -245,7 +295,7 @@ async def test_what_is_open_by_lease_when_a_connection_breaks_is_kept_by_the_nex
                     await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize("trouble", ["none", "short", "cuts", "silence", "pauses", "restarts", "ends"])
+@pytest.mark.parametrize("trouble", ["none", "short", "cuts", "silence", "pauses", "restarts", "ends", "leaves"])
 async def test_what_is_known_by_lease_is_so_at_any_moment(
     trouble: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,7 +383,12 @@ async def test_what_is_known_by_lease_is_so_at_any_moment(
         async def work(client: Client) -> None:
             while loop.time() < end_s:
                 try:
-                    await change(client)
+                    # Who leaves gives up waiting: a program that was interrupted.
+                    patience_s = rand.choice([0.0005, 0.001, 0.002, 0.004, 0.02]) if trouble == "leaves" else None
+                    async with asyncio.timeout(patience_s):
+                        await change(client)
+                except TimeoutError:
+                    pass
                 except FsError as error:
                     # The session may have ended meanwhile; and what was chosen may be gone, or of another kind.
                     if error.errno == errno.EIO and trouble != "ends":

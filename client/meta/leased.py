@@ -41,6 +41,8 @@ _LEAST_EXTENDED: Final = 16
 _MAX_STRANGE: Final = 4096
 _MAPS_FIRST: Final = 64
 _MAPS_MOST: Final = 256
+OPEN_LEFT_S: Final = 0.3
+"""Nobody opens by a lease that ends sooner: the service is told of an open 20 ms later, and may hear it late."""
 _MAPS_LEAST: Final = 2
 _CREDIT_FOR_A_HIT: Final = 2
 _MISSES: Final = 2
@@ -122,6 +124,10 @@ class Leased:
         """Other directories in which names were added, or that were called back: the last of them."""
         self._forgotten = 0
         """How many of those were forgotten."""
+        self._recalled_at: dict[Ino, int] = {}
+        """Of the directories that were called back last: which recall it was. What was asked before it is not taken."""
+        self._oldest_recall = 0
+        """What was asked before this one is not taken, of whatever directory."""
 
     # -- what is known ------------------------------------------------------------------------------------------------------
 
@@ -167,7 +173,7 @@ class Leased:
         place = self._places.get(ino)
         directory = None if place is None else self._live(place[0])
         found = None if directory is None else self._maps.get(ino)
-        if place is None or directory is None or found is None:
+        if place is None or directory is None or found is None or directory.until_s - self._now_s() < OPEN_LEFT_S:
             return None
         inode = directory.names.get(place[1])
         if inode is None or inode.map_version != found.map_version:
@@ -283,8 +289,10 @@ class Leased:
         """Return what has to be known when the answer to a request comes. Call before it is sent."""
         return Asked(self._now_s(), self._recalls, self._changes, self._changing > 0, self._forgotten)
 
-    def _is_current(self, asked: Asked) -> bool:
-        return asked.changes == self._changes and asked.recalls == self._recalls and not asked.is_changing
+    def _is_current(self, asked: Asked, ino: Ino) -> bool:
+        """Return whether an answer about a directory, or what is in it, says what is so since it was asked for."""
+        recalled = max(self._oldest_recall, self._recalled_at.get(ino, 0))
+        return asked.changes == self._changes and recalled <= asked.recalls and not asked.is_changing
 
     def extended(self, asked: Asked, leased: Collection[int], inos: Iterable[Ino], *, lease_s: float) -> None:
         """Take the leases, for so long, that came with a reply to a request which named, or changed, some directories.
@@ -313,7 +321,7 @@ class Leased:
         self, asked: Asked, ino: Ino, page: DirPage, *, after: bytes | None, is_leased: bool, lease_s: float
     ) -> None:
         """Take entries of a directory behind a name (None: from the first); with them came the lease, or it was there."""
-        if not self._is_current(asked):
+        if not self._is_current(asked, ino):
             return
         directory = self._directories.get(ino)
         if is_leased:
@@ -369,20 +377,20 @@ class Leased:
     def take_inode(self, asked: Asked, parent: Ino, name: bytes, inode: Inode) -> None:
         """Take what a lookup has answered."""
         directory = self._directories.get(parent)
-        if directory is not None and directory.until_s > self._now_s() and self._is_current(asked):
+        if directory is not None and directory.until_s > self._now_s() and self._is_current(asked, parent):
             self._take_entry(parent, directory, name, inode)
             self._trim()
 
     def take_directory(self, asked: Asked, inode: Inode) -> None:
         """Take a directory's own attributes; not of one that was removed: it goes for good without a word."""
         directory = self._live(inode.ino)
-        if directory is not None and inode.nlink and self._is_current(asked):
+        if directory is not None and inode.nlink and self._is_current(asked, inode.ino):
             directory.inode = inode
 
     def take_map(self, asked: Asked, ino: Ino, found: FileMap) -> None:
         """Take the map of a file, whole."""
         directory = self.directory_of(ino)
-        if directory is None or self._live(directory) is None or not self._is_current(asked):
+        if directory is None or self._live(directory) is None or not self._is_current(asked, directory):
             return
         former = self._maps.pop(ino, None)
         if former is not None:
@@ -395,6 +403,10 @@ class Leased:
     def recalled(self, ino: Ino) -> None:
         """Forget a directory: others may change it. A reply that is on its way to whom it is for knows nothing of that."""
         self._recalls += 1
+        self._recalled_at.pop(ino, None)
+        self._recalled_at[ino] = self._recalls
+        if len(self._recalled_at) > _MAX_STRANGE:
+            self._oldest_recall = self._recalled_at.pop(next(iter(self._recalled_at)))
         self._add_strange(ino)
         self._drop(ino)
 
@@ -409,6 +421,7 @@ class Leased:
     def clear(self) -> None:
         """Forget everything."""
         self._recalls += 1
+        self._oldest_recall = self._recalls
         self._forgotten += 1
         self._directories.clear()
         self._places.clear()

@@ -294,7 +294,9 @@ class SqliteVolume:
             except Fenced:
                 pass  # the successor has applied it
             except StoreError as error:
-                if getattr(error.__cause__, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
+                # The low byte says what kind it is. A quota of the file system is an error of writing for SQLite.
+                code = getattr(error.__cause__, "sqlite_errorcode", None) or 0
+                if code & 0xFF not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
                     raise
                 return await self._writer.call(owning.read_with_changes, self._id, journal, function, args)
         return await self._readers.call(function, self._id, *args)

@@ -198,6 +198,18 @@ def test_a_file_is_opened_by_what_is_known_of_it_and_of_no_other_version(leased:
     assert leased.open(Ino(30)) is None, "nobody knows where it is"
 
 
+def test_nobody_opens_by_a_lease_that_ends_before_the_service_may_have_heard_of_it(
+    leased: Leased, clock: Clock
+) -> None:
+    listed(leased, 20)
+    leased.take_map(leased.asked(), Ino(20), file_map())
+    clock.now_s += leased.ends_s(A) - leasing.OPEN_LEFT_S - 0.001
+    assert leased.open(Ino(20)) is not None
+    clock.now_s += 0.002
+    assert leased.open(Ino(20)) is None
+    assert leased.lookup(A, b"20") == file(20), "the lease itself holds"
+
+
 def test_maps_are_asked_for_behind_the_second_file_that_is_opened_and_more_of_them_while_they_are_used(
     leased: Leased,
 ) -> None:

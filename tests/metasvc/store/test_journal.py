@@ -8,7 +8,9 @@ import errno
 import os
 import random
 import re
+import resource
 import shutil
+import signal
 import sqlite3
 import subprocess
 import tempfile
@@ -701,6 +703,37 @@ async def test_on_a_full_disk_commits_go_on_until_the_journal_is_full_and_reads_
             await volume.commit(owner, number, counter(number))
         await world.end_processes()
         await check_counters(world, number)
+
+
+@pytest.fixture
+def file_size_limit() -> Iterator[Callable[[int], None]]:
+    """Let no file of this process grow beyond a size: writes behind it fail, as over a quota."""
+    former_action = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, former[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    signal.signal(signal.SIGXFSZ, former_action)
+
+
+async def test_over_a_quota_reads_see_what_the_journal_has(
+    world: SqliteWorld, file_size_limit: Callable[[int], None]
+) -> None:
+    async with world.running():
+        volume, owner = await owned(world)
+        for number in range(1, 4):
+            await volume.commit(owner, number, counter(number))
+        await world.show(volume)
+        file_size_limit(Path(f"{world.path}-wal").stat().st_size)
+        for number in range(4, 6):
+            await volume.commit(owner, number, counter(number))
+        for _ in range(2):
+            assert len(await volume.scan(COUNTER, after=None, limit=100)) == 6
+            assert (await volume.load({COUNTER: [("last",)]}, {})).rows[COUNTER] == [Counter("last", 5)]
+        assert row_in_sqlite(world.path)[1] == 3
+        file_size_limit(1 << 40)
+        await volume.commit(owner, 6, counter(6))
+        await world.end_processes()
+        await check_counters(world, 6)
 
 
 async def test_where_there_is_no_room_for_a_journal_commits_go_on_without(small_disk: Path) -> None:

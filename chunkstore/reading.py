@@ -77,6 +77,7 @@ class _Fetch:
         "done",
         "frames",
         "info",
+        "is_read_again",
         "is_wanted",
         "pieces",
         "raw_length",
@@ -95,6 +96,8 @@ class _Fetch:
         self.whole: Buffer | None = None
         self.pieces: Buffer | None = None
         self.is_wanted = True
+        self.is_read_again = False
+        """Whoever wants it reads it in short pieces."""
 
     def read(self, start: int, end: int) -> Buffer | None:
         """Return bytes of the block, offsets counted from its start, if this fetch brought all of them."""
@@ -240,6 +243,7 @@ class SliceReader:
                 frames = self._frames_to_fetch(info, block_index, start, end, is_sequential=is_sequential)
                 # The last look takes no chances with evictions: what it brings covers all.
                 fetch = self._start(info, block_index, frames=None if own_fetches == _LOOKS else frames)
+                fetch.is_read_again = end - start < _SEQUENTIAL_FROM_BYTES
             await asyncio.shield(fetch.done)
             if (data := fetch.read(start, end)) is not None:
                 return data
@@ -408,7 +412,11 @@ class SliceReader:
         if fetch.frames is not None:
             first, count = first + fetch.frames.start, len(fetch.frames)
         return await self._cache.store_block(
-            info, fetch.block_index, runs=[Run(first, count, brought.raw)], digests=brought.digests
+            info,
+            fetch.block_index,
+            runs=[Run(first, count, brought.raw)],
+            digests=brought.digests,
+            is_read_again=fetch.is_read_again,
         )
 
     async def _bring(self, fetch: _Fetch) -> Brought:

@@ -26,6 +26,7 @@ import time
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
+from itertools import chain, islice
 from operator import attrgetter
 from typing import Final, NamedTuple
 
@@ -45,6 +46,7 @@ OPEN_LEFT_S: Final = 0.3
 """Nobody opens by a lease that ends sooner: the service is told of an open 20 ms later, and may hear it late."""
 _MAPS_LEAST: Final = 2
 _CREDIT_FOR_A_HIT: Final = 2
+_MAPS_FOR_AN_OPEN: Final = 4
 _MISSES: Final = 2
 _MAP_FILE_BYTES: Final = 1024 * 1024
 """Maps of files up to this length are asked for before they are opened."""
@@ -68,6 +70,7 @@ class _Directory:
     """What is known of one directory."""
 
     __slots__ = (
+        "asked_ahead",
         "credit",
         "entries",
         "inode",
@@ -75,6 +78,7 @@ class _Directory:
         "is_whole",
         "misses",
         "names",
+        "opened",
         "order",
         "positions",
         "until_s",
@@ -97,8 +101,12 @@ class _Directory:
         self.positions: dict[Ino, int] = {}
         self.misses = 0
         """Opens that had to be asked for."""
+        self.opened = 0
+        """All opens, for reading, of files whose maps may be asked for."""
         self.credit = _MAPS_FIRST
-        """For so many files maps may be asked for before they are opened."""
+        """For so many files maps may be asked for before they are opened, by whoever opens in order."""
+        self.asked_ahead = 0
+        """For so many they were."""
 
 
 class Leased:
@@ -179,13 +187,15 @@ class Leased:
         if inode is None or inode.map_version != found.map_version:
             return None
         self._maps.move_to_end(ino)
+        directory.opened += 1
         directory.credit = min(_MAPS_MOST, directory.credit + _CREDIT_FOR_A_HIT)
         return OpenFile(inode, found, 0)
 
     def maps_wanted(self, ino: Ino) -> list[Ino]:
         """Return the files, behind one that has to be asked for, whose maps are worth asking for as well: most often none.
 
-        Each one that is used earns two: who opens at random in a large directory gets few, who opens in order all.
+        Each one that is used earns two: who opens in order gets all. Who opens in another order gets at least four for each
+        open, where those of the whole directory fit: an epoch over 1,000 files asks 110 times. Elsewhere it gets few.
         """
         place = self._places.get(ino)
         directory = None if place is None else self._live(place[0])
@@ -195,14 +205,26 @@ class Leased:
         position = directory.positions.get(ino)
         if position is None or directory.misses < _MISSES:
             return []
+        directory.opened += 1
         most = max(_MAPS_LEAST, directory.credit)
-        order = directory.order
-        behind = order[position + 1 : position + 1 + most]
-        if len(behind) < most:
-            behind += order[: min(position, most - len(behind))]
-        wanted = [other for other in behind if other not in self._maps and other in self._places]
+        if self._all_maps_fit(directory):
+            most = max(
+                most, min(_MAPS_MOST, _MAPS_FIRST + _MAPS_FOR_AN_OPEN * directory.opened - directory.asked_ahead)
+            )
+        wanted = []
+        for other in chain(islice(directory.order, position + 1, None), islice(directory.order, position)):
+            if other not in self._maps and other in self._places:
+                wanted.append(other)
+                if len(wanted) >= most:
+                    break
         directory.credit = max(0, directory.credit - len(wanted))
+        directory.asked_ahead += len(wanted)
         return wanted
+
+    def _all_maps_fit(self, directory: _Directory) -> bool:
+        """Return whether the maps of all files of a directory may be held at once, if they are like those that are known."""
+        mean_bytes = self._map_bytes / len(self._maps) if self._maps else _MAP_COST_BYTES
+        return len(directory.order) * mean_bytes <= MAX_MAP_BYTES / 2
 
     def directory_of(self, ino: Ino) -> Ino | None:
         """Return the directory by whose lease an inode is known."""

@@ -26,6 +26,7 @@ from time import perf_counter_ns
 from typing import Any, Final
 
 from chunkstore.errors import AtollError
+from chunkstore.geometry import Buffer
 from client import request_ids
 from client.mounts import mounts_at, read_mounts
 from client.transport import MountOptions, kernel_mount
@@ -308,20 +309,34 @@ class Operations(pyfuse3.Operations):
 
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         handle = await self._vfs.open(self._caller(ctx), self._ino(inode), flags)
-        self._correct(handle.inode)
-        return pyfuse3.FileInfo(fh=handle.fh, keep_cache=handle.keep_cache, direct_io=handle.direct_io)
+        is_right = self._correct(handle.inode)
+        keeps = handle.keep_cache or (is_right and handle.content is not None and self._store(inode, handle.content))
+        return pyfuse3.FileInfo(fh=handle.fh, keep_cache=keeps, direct_io=handle.direct_io)
 
-    def _correct(self, opened: Inode) -> None:
-        """Let the kernel ask for attributes again if what it was told of a file is not what open found.
+    def _store(self, inode: int, content: Buffer) -> bool:
+        """Give the kernel the pages of a whole file; return whether it took them.
+
+        They replace what it may have of another version, so it is to keep all of them. It waits for the locks of these pages,
+        which a READ that is not answered holds: there must be none.
+        """
+        try:
+            pyfuse3.notify_store(inode, 0, bytes(content))
+        except OSError:
+            return False  # it has forgotten the inode, or has no memory: it will ask
+        return True
+
+    def _correct(self, opened: Inode) -> bool:
+        """Return whether the kernel was told what open found of a file's attributes; if not, let it ask for them again.
 
         It reads no further than the length that it believes in; and an answer to OPEN has no attributes. 20 us, and a GETATTR.
         """
         told = self._told
         if told is None or told.get(opened.ino) == (opened.size_bytes, opened.mtime_ns, opened.ctime_ns):
-            return
+            return True
         # Of attributes alone it forgets at once: it waits for no request, unlike with names and pages.
         with suppress(FileNotFoundError):
             pyfuse3.invalidate_inode(opened.ino, attr_only=True)
+        return False
 
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext

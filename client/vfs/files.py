@@ -49,6 +49,10 @@ class OpenFiles:
         self._opens[ino] = self._opens.get(ino, 0) + 1
         return file, is_same
 
+    def is_open_once(self, ino: Ino) -> bool:
+        """Return whether a file has one open, and no more."""
+        return self._opens.get(ino) == 1
+
     async def release(self, file: Writing) -> None:
         """Undo one open. At the last one the file is flushed; if that fails the data stay and are tried again. Never raises.
 

@@ -62,6 +62,8 @@ _UNLIMITED_BYTES: Final = 1 << 50
 _UNLIMITED_INODES: Final = 1 << 32
 # Timeouts above this mean that nobody else changes the volume, so that only own changes make fetched entries old.
 _SOLE_S: Final = 60.0
+AT_HAND_BYTES: Final = 16 * 1024
+"""A file up to this length is given to the kernel when it is opened, if it is in memory: 20 us instead of a READ of 45."""
 
 
 class Handle(NamedTuple):
@@ -73,6 +75,8 @@ class Handle(NamedTuple):
     """The pages that a kernel has of this file are still good."""
     direct_io: bool
     """The length says nothing (virtual files): reads must come here."""
+    content: Buffer | None
+    """The whole file, where it is short, at hand and not in the kernel: given now, it need not ask. Use it at once."""
 
 
 class _FileHandle:
@@ -447,7 +451,10 @@ class Vfs:
         if not opened.inode.is_file:
             await self._meta.release(ino)
             _refuse(E.EISDIR if opened.inode.is_dir else E.ENXIO)
-        return await self._opened(caller, opened, flags)
+        handle = await self._opened(caller, opened, flags)
+        if handle.keep_cache or flags & (os.O_ACCMODE | os.O_TRUNC | os.O_DIRECT):
+            return handle
+        return handle._replace(content=self._at_hand(self._handles[handle.fh].file))
 
     async def create(self, caller: Caller, parent: Ino, name: bytes, *, mode: int, flags: int) -> Handle:
         """Create and open a regular file, or open the one that is there unless O_EXCL. EEXIST, EISDIR, ENOSPC …"""
@@ -472,7 +479,21 @@ class Vfs:
             self._changed()
         fh = next(self._next_fh)
         self._handles[fh] = _FileHandle(file, flags, ReadAhead(self.options.readahead_max_bytes))
-        return Handle(fh, file.shown(file.inode), is_same, False)
+        return Handle(fh, file.shown(file.inode), is_same, False, None)
+
+    def _at_hand(self, file: Writing) -> Buffer | None:
+        """Return all bytes of a file that was opened for reading, if they are few and need no waiting.
+
+        Not if anybody else has it open: a read of theirs may be under way, for which a kernel holds the pages.
+        """
+        if not 0 < file.size <= AT_HAND_BYTES or not self._files.is_open_once(file.inode.ino):
+            return None
+        content = self._reader.try_read(file, 0, file.size)
+        if content is not None:
+            if self._neighbours is not None:
+                self._neighbours.read_at_once(file)
+            self.metrics.read_bytes += len(content)
+        return content
 
     def _open_virtual(self, ino: Ino, flags: int) -> Handle:
         inode = self._virtual.getattr(ino)
@@ -484,7 +505,7 @@ class Vfs:
             _refuse(E.EACCES)
         fh = next(self._next_fh)
         self._virtual_handles[fh] = self._virtual.open(ino)
-        return Handle(fh, inode, False, True)
+        return Handle(fh, inode, False, True, None)
 
     async def read(self, fh: int, offset: int, size: int) -> Buffer:
         """Return up to `size` bytes; fewer only at the end of the file. EBADF, EIO.

@@ -13,6 +13,7 @@ import pytest
 from chunkstore.block import Codec, header_size
 from chunkstore.errors import AtollError, BucketUnavailable, ObjectCorrupt, ObjectMissing
 from chunkstore.geometry import FRAME_BYTES, KIB, MIB, SliceId
+from chunkstore.images.disk import Disk
 from chunkstore.slices import ChunkStore, SliceInfo
 from tests.chunkstore.stores import Workshop, content, settled, unavailable, written
 
@@ -284,6 +285,31 @@ async def test_a_cache_disk_that_fails_is_a_miss(tmp_path: Path) -> None:
         assert store.stats()["cache_disk_errors_total"] > 0
         assert len(workshop.bucket.gets) == 2, "what no image takes is kept in memory while there is room"
         assert (await store.read(await written(store, 2, DATA), 0, len(DATA))) == DATA
+
+
+@pytest.mark.parametrize("size", [4 * KIB, 256 * KIB])
+async def test_a_block_that_is_read_in_short_pieces_stays_in_the_page_cache(
+    tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped: list[int] = []
+    drop_pages = Disk.drop_pages
+
+    def drop(disk: Disk, descriptor: int, offset: int, size_bytes: int) -> None:
+        dropped.append(size_bytes)
+        drop_pages(disk, descriptor, offset, size_bytes)
+
+    workshop = Workshop(tmp_path)
+    async with workshop.opened() as store:
+        info = await uncached(store)
+        monkeypatch.setattr(Disk, "drop_pages", drop)
+        for start in (0, MIB, MIB + 512 * KIB, 512 * KIB):
+            assert await store.read(info, start, start + size) == DATA[start : start + size]
+            await settled(store)
+        if size == 4 * KIB:
+            assert dropped == []
+            assert store.try_read(info, 700 * KIB, 704 * KIB) == DATA[700 * KIB : 704 * KIB]
+        else:
+            assert sum(dropped) >= MIB, "the kernel has them as pages of the mounted file"
 
 
 async def test_a_read_of_bytes_in_the_page_cache_needs_no_task_switch(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import stat
 
 import pytest
@@ -211,8 +212,9 @@ def test_nobody_opens_by_a_lease_that_ends_before_the_service_may_have_heard_of_
 
 
 def test_maps_are_asked_for_behind_the_second_file_that_is_opened_and_more_of_them_while_they_are_used(
-    leased: Leased,
+    leased: Leased, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(leasing, "MAX_MAP_BYTES", 256 * 1024)  # the maps of all files do not fit
     listed(leased, *range(100, 500))
     assert leased.maps_wanted(Ino(100)) == []
     wanted = leased.maps_wanted(Ino(101))
@@ -229,6 +231,22 @@ def test_maps_are_asked_for_behind_the_second_file_that_is_opened_and_more_of_th
     # At random, of what is never used.
     many = [len(leased.maps_wanted(Ino(number))) for number in range(100, 130)]
     assert many[-1] <= 2
+
+
+def test_an_epoch_over_a_directory_in_any_order_asks_for_few_of_its_files(leased: Leased, seed: int) -> None:
+    inos = list(range(100, 1100))
+    listed(leased, *inos)
+    random.Random(seed).shuffle(inos)
+    misses = asked = 0
+    for position, ino in enumerate(inos):
+        if leased.open(Ino(ino)) is None:
+            misses += 1
+            for other in (ino, *leased.maps_wanted(Ino(ino))):
+                asked += 1
+                leased.take_map(leased.asked(), Ino(other), file_map())
+        assert asked <= misses + 66 + 4 * position, "who opens a few asks for a few"
+    assert misses < 160
+    assert asked == 1000
 
 
 @pytest.mark.parametrize("answer", ["made", "page", "inode", "map", "extended"])

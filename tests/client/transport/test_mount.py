@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno as E
+import mmap
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from chunkstore.geometry import MIB
+from client.vfs.vfs import AT_HAND_BYTES
 from tests.mount.mounted import MountedVolume, is_mount_point, mounted, wait_until_gone
 
 
@@ -71,6 +73,34 @@ def test_sequential_reads_come_in_requests_of_a_mebibyte(tmp_path: Path) -> None
             while file.read(MIB):
                 pass
         assert requests(volume)["READ"] - before <= 32 + 8
+
+
+def test_small_files_are_read_without_a_request_for_their_bytes(tmp_path: Path) -> None:
+    contents = {f"file{number}": os.urandom(1 + 1500 * number) for number in range(12)}
+    with mounted(tmp_path) as volume:
+        for name, content in contents.items():
+            (volume.path / name).write_bytes(content)
+        volume.unmount()
+        volume.mount()
+        before = requests(volume)["READ"]
+        for name, content in contents.items():
+            descriptor = os.open(volume.path / name, os.O_RDONLY)
+            assert os.pread(descriptor, 4096, 100) == content[100:4196]
+            assert os.read(descriptor, MIB) == content
+            os.close(descriptor)
+        large = sum(len(content) > AT_HAND_BYTES for content in contents.values())
+        assert requests(volume)["READ"] - before <= large + 1, "and that of looking at the counters"
+        # What is open already is asked for, and what was written since is seen.
+        path = volume.path / "file3"
+        with path.open("rb") as first, path.open("r+b") as second:
+            second.write(b"changed")
+            second.flush()
+            with path.open("rb") as third:
+                assert third.read() == b"changed" + contents["file3"][7:] == first.read()
+        path.write_bytes(b"short")
+        assert path.read_bytes() == b"short"
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
+            assert bytes(pages) == b"short"
 
 
 def test_the_kernel_keeps_names_absences_attributes_and_pages(tmp_path: Path) -> None:

@@ -251,11 +251,11 @@ class SliceReader:
             await asyncio.shield(fetch.settled)
         raise BucketUnavailable(f"slice {info.slice_id}: block {block_index} was fetched and lost {_LOOKS} times")
 
-    def prefetch(self, info: SliceInfo, start: int, end: int) -> int:
+    def prefetch(self, info: SliceInfo, start: int, end: int, *, in_pieces: bool = False) -> int:
         """Start fetching blocks, as far as memory allows; load what images have into the page cache. Return how far it came."""
         for piece in blocks_of_range(start, min(end, info.length), self._block_bytes):
             base = piece.block_index * self._block_bytes
-            if not self._prefetch_block(info, piece.block_index, of_memory=_PREFETCH_SHARE):
+            if not self._prefetch_block(info, piece.block_index, of_memory=_PREFETCH_SHARE, in_pieces=in_pieces):
                 return base + piece.start
             self._cache.read_ahead(info.slice_id, base + piece.start, base + piece.end)
         return end
@@ -267,7 +267,7 @@ class SliceReader:
             if fetch is not None:
                 await asyncio.shield(fetch.settled)
 
-    def _prefetch_block(self, info: SliceInfo, block_index: int, *, of_memory: float) -> bool:
+    def _prefetch_block(self, info: SliceInfo, block_index: int, *, of_memory: float, in_pieces: bool = False) -> bool:
         """Start fetching a block unless that is needless; False where there is no room for it."""
         key = info.slice_id, block_index
         if key in self._fetches or key in self._parked:
@@ -285,7 +285,7 @@ class SliceReader:
         ):
             self.counters.prefetch_dropped += 1
             return False
-        self._start(info, block_index, frames=None, is_charged=True)
+        self._start(info, block_index, frames=None, is_charged=True).is_read_again = in_pieces
         return True
 
     def forget(self, slice_ids: Iterable[SliceId]) -> None:

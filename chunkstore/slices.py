@@ -181,12 +181,13 @@ class ChunkStore:
         """
         return await self._reader.read(info, start, end)
 
-    def prefetch(self, info: SliceInfo, start: int, end: int) -> int:
+    def prefetch(self, info: SliceInfo, start: int, end: int, *, in_pieces: bool = False) -> int:
         """Start fetching a range in the background, as far as there is memory for it. Never waits, never raises.
 
-        Return where it stopped: `end`, or the offset from which on to ask again later.
+        ``in_pieces``: it will be read in short ones, so it is to stay in the page cache. Return where it stopped: `end`, or
+        the offset from which on to ask again later.
         """
-        return self._reader.prefetch(info, start, end)
+        return self._reader.prefetch(info, start, end, in_pieces=in_pieces)
 
     async def settled(self, info: SliceInfo, start: int, end: int) -> None:
         """Wait until what `prefetch` started of a range has ended, one way or the other. Never raises."""

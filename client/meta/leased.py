@@ -178,18 +178,28 @@ class Leased:
 
     def open(self, ino: Ino) -> OpenFile | None:
         """Return what opening a file for reading would answer, if that is known."""
-        place = self._places.get(ino)
-        directory = None if place is None else self._live(place[0])
-        found = None if directory is None else self._maps.get(ino)
-        if place is None or directory is None or found is None or directory.until_s - self._now_s() < OPEN_LEFT_S:
-            return None
-        inode = directory.names.get(place[1])
-        if inode is None or inode.map_version != found.map_version:
+        directory, inode, found = self._known(ino)
+        if directory is None or inode is None or found is None or directory.until_s - self._now_s() < OPEN_LEFT_S:
             return None
         self._maps.move_to_end(ino)
         directory.opened += 1
         directory.credit = min(_MAPS_MOST, directory.credit + _CREDIT_FOR_A_HIT)
         return OpenFile(inode, found, 0)
+
+    def map(self, ino: Ino) -> FileMap | None:
+        """Return the map of a file, if it is known."""
+        return self._known(ino)[2]
+
+    def _known(self, ino: Ino) -> tuple[_Directory | None, Inode | None, FileMap | None]:
+        place = self._places.get(ino)
+        directory = None if place is None else self._live(place[0])
+        found = None if directory is None else self._maps.get(ino)
+        if place is None or directory is None or found is None:
+            return None, None, None
+        inode = directory.names.get(place[1])
+        if inode is None or inode.map_version != found.map_version:
+            return None, None, None
+        return directory, inode, found
 
     def maps_wanted(self, ino: Ino) -> list[Ino]:
         """Return the files, behind one that has to be asked for, whose maps are worth asking for as well: most often none.

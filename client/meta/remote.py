@@ -348,12 +348,17 @@ class RemoteMeta:
         return found
 
     async def read_maps(self, inos: Sequence[Ino]) -> dict[Ino, FileMap]:
-        asked = self._leased.asked()
-        reply = await self._call("read_maps", pb.ReadMaps(inos=inos))
+        leased = self._leased
+        known = {ino: known_map for ino in inos if (known_map := leased.map(ino)) is not None}
+        wanted = [ino for ino in inos if ino not in known]
+        if not wanted:
+            return known
+        asked = leased.asked()
+        reply = await self._call("read_maps", pb.ReadMaps(inos=wanted))
         found = {Ino(each.ino): wire.map_of(each.map) for each in reply.maps}
         for ino, each in found.items():
-            self._leased.take_map(asked, ino, each)
-        return found
+            leased.take_map(asked, ino, each)
+        return known | found
 
     async def allocate_slices(self, count: int) -> range:
         reply = await self._call("allocate_slices", pb.AllocateSlices(count=count))

@@ -20,7 +20,7 @@ from client.vfs.vfs import Vfs
 from metasvc.engine import first_rows
 from metasvc.jobs.schedule import JobRates
 from metasvc.jobs.served import ServedJobs
-from metasvc.model import ROOT_INO, Caller
+from metasvc.model import ROOT_INO, Caller, Ino
 from metasvc.store.memory import MemoryStore
 from tests.metasvc.engine.volumes import volume_format
 from tests.metasvc.server.served import Served, connected, served
@@ -84,9 +84,9 @@ class Place:
                 await asyncio.sleep(0.02)
 
 
-async def write(vfs: Vfs, name: bytes, *pieces: bytes) -> None:
+async def write(vfs: Vfs, name: bytes, *pieces: bytes, parent: Ino = ROOT_INO) -> None:
     """Write a file, each piece with an fsync of its own: a slice for each."""
-    handle = await vfs.create(ROOT, ROOT_INO, name, mode=0o644, flags=os.O_RDWR)
+    handle = await vfs.create(ROOT, parent, name, mode=0o644, flags=os.O_RDWR)
     offset = 0
     for piece in pieces:
         await vfs.write(handle.fh, offset, piece)

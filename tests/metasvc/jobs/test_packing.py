@@ -14,12 +14,13 @@ import pytest
 
 from chunkstore.block import Codec
 from chunkstore.buckets.directory import DirectoryStore
-from chunkstore.geometry import KIB, MIB
+from chunkstore.geometry import KIB, MIB, SliceId
 from chunkstore.slices import ChunkStore, ChunkStoreConfig
 from client.vfs.vfs import Vfs
 from metasvc.engine import EngineSession, packing
 from metasvc.engine.packing import Packing
 from metasvc.errors import StoreError
+from metasvc.jobs import packing as jobs_packing
 from metasvc.jobs.packing import pack_small, repack
 from metasvc.model import ROOT_INO, Ino, SetAttr, Slice, SliceKind
 from metasvc.server.volumes import Volume
@@ -48,9 +49,9 @@ async def packer(place: Place, volume: Volume) -> AsyncIterator[tuple[Packing, E
         yield Packing(volume.engine), meta, chunks
 
 
-async def pack(place: Place, volume: Volume) -> int:
+async def pack(place: Place, volume: Volume, *, least_bytes: int = MIB) -> int:
     async with packer(place, volume) as (packs, meta, chunks):
-        return await pack_small(packs, meta, chunks, age_s=0.0)
+        return await pack_small(packs, meta, chunks, age_s=0.0, least_bytes=least_bytes)
 
 
 async def kinds(volume: Volume) -> dict[SliceKind, int]:
@@ -58,8 +59,8 @@ async def kinds(volume: Volume) -> dict[SliceKind, int]:
     return {kind: sum(row.kind == kind for row in rows) for kind in SliceKind}
 
 
-async def content(vfs: Vfs, name: bytes) -> bytes:
-    inode = await vfs.lookup(ROOT_INO, name)
+async def content(vfs: Vfs, name: bytes, *, parent: Ino = ROOT_INO) -> bytes:
+    inode = await vfs.lookup(parent, name)
     handle = await vfs.open(ROOT, inode.ino, os.O_RDONLY)
     try:
         return await read(vfs, handle.fh)
@@ -294,3 +295,34 @@ async def test_reading_one_small_file_brings_its_neighbours(tmp_path: Path) -> N
                 assert await content(other, name) == data
             fetched = other._chunks.stats()["fetches_total"]
         assert fetched <= 2 * (2 * MIB // BLOCK_BYTES), "one or two for each block, not for each file"
+
+
+@pytest.mark.parametrize("order", ["names", "random"])
+async def test_packs_are_there_before_their_files_are_read(
+    tmp_path: Path, order: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs_packing, "PACK_BYTES", 4 * BLOCK_BYTES)
+    place = Place(tmp_path)
+    # 128 files to a pack, 100 to a directory: packs begin in the middle of one.
+    files = {(number // 100, b"f%04d" % number): os.urandom(2 * KIB) for number in range(640)}
+    async with place.served(NEVER) as service, place.mounted(service, "one") as vfs:
+        parents = [(await vfs.mkdir(ROOT, ROOT_INO, b"d%d" % number, mode=0o755)).ino for number in range(7)]
+        for (number, name), data in files.items():
+            await write(vfs, name, data, parent=parents[number])
+        assert await pack(place, await service.volume(), least_bytes=4 * BLOCK_BYTES) == 640
+        async with place.mounted(service, "two") as other:
+            chosen = list(files)
+            if order == "random":
+                random.Random(seed).shuffle(chosen)
+            ahead = other._neighbours
+            assert ahead is not None
+            async with asyncio.timeout(60):
+                while other._chunks.may_have(SliceId(1 << 40)):
+                    await asyncio.sleep(0.001)  # until it knows what its cache has
+                for number, name in chosen:
+                    assert await content(other, name, parent=parents[number]) == files[number, name]
+                    while len(ahead._tasks):
+                        await asyncio.sleep(0.001)
+            stats = other._chunks.stats()
+        most = 3 if order == "names" else 10
+        assert stats["cache_misses_total"] <= most, "20 blocks in five packs"

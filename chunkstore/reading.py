@@ -76,8 +76,8 @@ class _Fetch:
         "charge_bytes",
         "done",
         "frames",
+        "in_pieces",
         "info",
-        "is_read_again",
         "is_wanted",
         "pieces",
         "raw_length",
@@ -85,7 +85,15 @@ class _Fetch:
         "whole",
     )
 
-    def __init__(self, info: SliceInfo, block_index: int, *, raw_length: int, frames: range | None) -> None:
+    def __init__(
+        self,
+        info: SliceInfo,
+        block_index: int,
+        *,
+        raw_length: int,
+        frames: range | None,
+        in_pieces: bool = False,
+    ) -> None:
         self.info = info
         self.block_index = block_index
         self.raw_length = raw_length
@@ -96,8 +104,8 @@ class _Fetch:
         self.whole: Buffer | None = None
         self.pieces: Buffer | None = None
         self.is_wanted = True
-        self.is_read_again = False
-        """Whoever wants it reads it in short pieces."""
+        self.in_pieces = in_pieces
+        """Whoever wants it reads short pieces."""
 
     def read(self, start: int, end: int) -> Buffer | None:
         """Return bytes of the block, offsets counted from its start, if this fetch brought all of them."""
@@ -242,8 +250,12 @@ class SliceReader:
                 own_fetches += 1
                 frames = self._frames_to_fetch(info, block_index, start, end, is_sequential=is_sequential)
                 # The last look takes no chances with evictions: what it brings covers all.
-                fetch = self._start(info, block_index, frames=None if own_fetches == _LOOKS else frames)
-                fetch.is_read_again = end - start < _SEQUENTIAL_FROM_BYTES
+                fetch = self._start(
+                    info,
+                    block_index,
+                    frames=None if own_fetches == _LOOKS else frames,
+                    in_pieces=end - start < _SEQUENTIAL_FROM_BYTES,
+                )
             await asyncio.shield(fetch.done)
             if (data := fetch.read(start, end)) is not None:
                 return data
@@ -285,7 +297,7 @@ class SliceReader:
         ):
             self.counters.prefetch_dropped += 1
             return False
-        self._start(info, block_index, frames=None, is_charged=True).is_read_again = in_pieces
+        self._start(info, block_index, frames=None, is_charged=True, in_pieces=in_pieces)
         return True
 
     def forget(self, slice_ids: Iterable[SliceId]) -> None:
@@ -340,10 +352,19 @@ class SliceReader:
 
     # --- fetching
 
-    def _start(self, info: SliceInfo, block_index: int, *, frames: range | None, is_charged: bool = False) -> _Fetch:
+    def _start(
+        self,
+        info: SliceInfo,
+        block_index: int,
+        *,
+        frames: range | None,
+        is_charged: bool = False,
+        in_pieces: bool = False,
+    ) -> _Fetch:
         """Start a fetch. No await between the look at `_fetches` and here."""
         layout = Layout(info.length, self._block_bytes)
-        fetch = _Fetch(info, block_index, raw_length=layout.block_length(block_index), frames=frames)
+        raw_length = layout.block_length(block_index)
+        fetch = _Fetch(info, block_index, raw_length=raw_length, frames=frames, in_pieces=in_pieces)
         self._fetches[info.slice_id, block_index] = fetch
         work = self._run(fetch, is_charged=is_charged)
         self._tasks.start(work, name=f"fetch block {block_index} of slice {info.slice_id}")
@@ -411,13 +432,8 @@ class SliceReader:
         count = len(brought.digests)
         if fetch.frames is not None:
             first, count = first + fetch.frames.start, len(fetch.frames)
-        return await self._cache.store_block(
-            info,
-            fetch.block_index,
-            runs=[Run(first, count, brought.raw)],
-            digests=brought.digests,
-            is_read_again=fetch.is_read_again,
-        )
+        run = Run(first, count, brought.raw, in_pieces=fetch.in_pieces)
+        return await self._cache.store_block(info, fetch.block_index, runs=[run], digests=brought.digests)
 
     async def _bring(self, fetch: _Fetch) -> Brought:
         """Return the verified bytes of a fetch; asks again where they are altered."""

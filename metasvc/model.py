@@ -353,6 +353,8 @@ class OpenFile:
 
 MAP_PAGE_CHUNKS: Final = 16
 """open() and read_map() answer up to this many chunks (1 GiB) of a map at once."""
+PACK_BYTES: Final = 4 * 1024 * 1024
+"""The most that a pack holds: bytes of many small files in one slice."""
 READ_MAPS_MAX: Final = 256
 """So many maps are read at once: 17 MB if each has 64 pieces and 64 KiB of digests and inline bytes."""
 

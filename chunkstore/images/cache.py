@@ -320,19 +320,11 @@ class ImageCache:
         return is_taken
 
     async def store_block(
-        self,
-        info: SliceInfo,
-        block_index: int,
-        *,
-        runs: Sequence[Run],
-        digests: Sequence[bytes],
-        is_read_again: bool = False,
+        self, info: SliceInfo, block_index: int, *, runs: Sequence[Run], digests: Sequence[bytes]
     ) -> bool:
         """Write frames of a block into the image of a slice, making it if need be; return whether they are kept.
 
-        `digests` are those of all frames of the block. `is_read_again`: they will be read from the image, piece by piece, so
-        they stay in the page cache; else the kernel has them as pages of a mounted file. Called by one task per block at a
-        time; not for small images.
+        `digests` are those of all frames of the block. Called by one task per block at a time; not for small images.
         """
         if not self.is_writable:
             return False
@@ -345,7 +337,7 @@ class ImageCache:
         # in between would leave them marked and empty.
         with self.opened.pinned(image):
             try:
-                await self.opened.run(image, self._write_frames, image, block_index, runs, digests, is_read_again)
+                await self.opened.run(image, self._write_frames, image, block_index, runs, digests)
             except OSError as error:
                 self.failed(error, info.slice_id)
                 return False
@@ -362,22 +354,9 @@ class ImageCache:
         self.has_grown.set()
         return True
 
-    def _write_frames(
-        self,
-        image: Image,
-        block_index: int,
-        runs: Sequence[Run],
-        digests: Sequence[bytes],
-        is_read_again: bool,  # noqa: FBT001
-    ) -> None:
+    def _write_frames(self, image: Image, block_index: int, runs: Sequence[Run], digests: Sequence[bytes]) -> None:
         image_files.write_frames(
-            self._disk,
-            image.files,
-            image.layout,
-            block_index=block_index,
-            runs=runs,
-            digests=digests,
-            is_read_again=is_read_again,
+            self._disk, image.files, image.layout, block_index=block_index, runs=runs, digests=digests
         )
 
     async def _write_pending(self, batch: Sequence[PendingImage]) -> None:

@@ -40,6 +40,9 @@ class Run(NamedTuple):
     first_frame: int
     frame_count: int
     data: Buffer
+    in_pieces: bool = False
+    """They will be read from the image in short pieces, so they stay in the page cache. Else, if they are long, the kernel
+    has them as pages of a mounted file."""
 
 
 class Image:
@@ -270,23 +273,13 @@ def write_complete_side(
 
 
 def write_frames(
-    disk: Disk,
-    opened: Opened,
-    layout: Layout,
-    *,
-    block_index: int,
-    runs: Sequence[Run],
-    digests: Sequence[bytes],
-    is_read_again: bool,
+    disk: Disk, opened: Opened, layout: Layout, *, block_index: int, runs: Sequence[Run], digests: Sequence[bytes]
 ) -> None:
-    """Write frames of one block: data, then the digests of the whole block, then the states of these frames.
-
-    What is long leaves the page cache, unless it ``is_read_again``.
-    """
+    """Write frames of one block: data, then the digests of the whole block, then the states of these frames."""
     assert opened.side is not None
     for run in runs:
         disk.pwrite(opened.descriptor, run.data, run.first_frame * layout.frame_bytes)
-        if not is_read_again and (size_bytes := memoryview(run.data).nbytes) >= _ONCE_BYTES:
+        if not run.in_pieces and (size_bytes := memoryview(run.data).nbytes) >= _ONCE_BYTES:
             disk.datasync(opened.descriptor)
             disk.drop_pages(opened.descriptor, run.first_frame * layout.frame_bytes, size_bytes)
     disk.pwrite(opened.side, b"".join(digests), sidefile.digests_offset(layout, layout.first_frame(block_index)))

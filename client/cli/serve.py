@@ -20,6 +20,7 @@ from client.cli.output import say
 
 GRACE_S: Final = 2.0
 _MEMORY_BYTES: Final = 1 << 30
+_LEAST_MEMORY_BYTES: Final = 1 << 20
 _CONTAINER_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -61,6 +62,8 @@ def command(
         from client.metrics_server import parse_listen
 
         parse_listen(metrics)
+    if memory_bytes is not None and memory_bytes < _LEAST_MEMORY_BYTES:
+        raise click.UsageError("--memory is too little: give at least 1MiB")
     from metasvc.server.service import is_loopback
 
     if not is_loopback(host) and not insecure:

@@ -40,10 +40,8 @@ from client.vfs.committed import source_of
 from client.vfs.metrics import VfsMetrics
 from client.vfs.writing import Writing
 from metasvc.api import MetaClient
-from metasvc.model import FileMap, Ino
+from metasvc.model import PACK_BYTES, READ_MAPS_MAX, FileMap, Ino
 
-PACK_BYTES: Final = 4 * MIB
-"""A slice up to this length of which a small file has a part is fetched whole: other files have the rest."""
 LARGEST_BYTES: Final = 1024 * KIB
 """Files up to this length are small: their blocks are fetched whole."""
 IN_A_ROW: Final = 2
@@ -61,8 +59,6 @@ _PAGE_ENTRIES: Final = 1000
 _NAMES_MAX: Final = 50_000
 """So far a directory is listed to find what comes behind a file: 0.3 s of the owner's time."""
 _MAPS_AT_ONCE: Final = 32
-_SHORT_MAPS_AT_ONCE: Final = 256
-"""Of files so short that their bytes may come with the map."""
 _DIRECTORIES_KEPT: Final = 16
 _PACKS_KEPT: Final = 256
 """1 GiB of packs: what was evicted meanwhile is fetched again by who reads it."""
@@ -116,7 +112,7 @@ class _Directory:
         More of them if none is longer than ``short_bytes``.
         """
         found: list[Ino] = []
-        most = _SHORT_MAPS_AT_ONCE
+        most = READ_MAPS_MAX
         count = len(self.inos) if self.left else 0
         for step in range(count):
             index = (start + step) % count
@@ -169,9 +165,13 @@ class Neighbours:
     def read_at_once(self, file: Writing) -> None:
         """Note that the beginning of a file was read without waiting. 0.2 us where nothing was fetched ahead."""
         parent, self._parent = self._parent, file.inode.parent
-        if self._unread and (info := _first_slice(file)) is not None and info.slice_id in self._unread:
+        is_first = parent != self._parent and bool(self._parent)
+        info = _first_slice(file) if self._unread or is_first else None
+        if info is None:
+            return
+        if info.slice_id in self._unread:
             self._was_read(info.slice_id, file)
-        elif parent != self._parent and self._parent and _first_slice(file) is not None:
+        elif is_first:
             # The first of a directory may lie in the pack of the one before.
             now_s = self._clock.monotonic_s()
             if now_s - self._read_s <= PAUSE_S and self._unread_bytes <= self._budget_bytes // 2:
@@ -337,6 +337,7 @@ def _first_slice(file: Writing) -> SliceInfo | None:
 
 
 def _is_pack(info: SliceInfo, wanted_bytes: int) -> bool:
+    """Return whether a slice, of which a small file has so much, is fetched whole: other files have the rest."""
     return wanted_bytes < info.length <= PACK_BYTES
 
 

@@ -11,8 +11,9 @@ Rules:
 3. If all hold more than the limit, those that hold more than their share drop their old generation, whoever holds most first:
    a volume that holds much because it was alone makes room, although it does nothing itself.
 
-A volume looks when it has grown by a sixty-fourth of the limit, so all together may be over it by a few times that much
-each; and none drops two generations in one look, because what an operation has just loaded must be there when it runs.
+A volume looks when it has grown by a sixty-fourth of its equal share, or by 64 KiB if that is more: so all together may be
+over the limit by a few times that much each, and where they are many no look comes sooner than after 90 rows. None drops two
+generations in one look, because what an operation has just loaded must be there when it runs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import Final, Protocol
 from weakref import WeakSet
 
 LOOKS: Final = 64
-"""A volume looks at the budget each time it has grown by the limit divided by this."""
+"""A volume looks at the budget each time it has grown by its equal share divided by this."""
+_LEAST_STEP_BYTES: Final = 64 * 1024
 
 
 class Member(Protocol):
@@ -44,12 +46,17 @@ class MemoryBudget:
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self.step_bytes = limit_bytes // LOOKS
         self._members: WeakSet[Member] = WeakSet()
 
     def join(self, member: Member) -> None:
         """Let a volume take part."""
         self._members.add(member)
+
+    @property
+    def step_bytes(self) -> int:
+        """Return by how much a volume may grow before it looks again."""
+        step_bytes = self.limit_bytes // LOOKS
+        return max(min(step_bytes, _LEAST_STEP_BYTES), step_bytes // max(1, len(self._members)))
 
     @property
     def held_bytes(self) -> int:
@@ -62,12 +69,17 @@ class MemoryBudget:
         return max(left, self.limit_bytes // max(1, len(self._members)))
 
     def make_room(self, member: Member) -> None:
-        """Have old generations dropped as the rules say, because ``member`` has grown. O(number of volumes)."""
+        """Have old generations dropped as the rules say, because ``member`` has grown. O(n log n) for n volumes."""
         if member.young_bytes > self.allowance_bytes(member) // 2:
             member.turn_generation()
-        if self.held_bytes <= self.limit_bytes:
+        excess_bytes = self.held_bytes - self.limit_bytes
+        if excess_bytes <= 0:
             return
         share_bytes = self.limit_bytes // len(self._members)
         for other in sorted(self._members, key=lambda each: each.held_bytes, reverse=True):
-            if other is not member and other.held_bytes > share_bytes and self.held_bytes > self.limit_bytes:
+            held_bytes = other.held_bytes
+            if excess_bytes <= 0 or held_bytes <= share_bytes:
+                break
+            if other is not member:
                 other.turn_generation()
+                excess_bytes -= held_bytes - other.held_bytes

@@ -15,9 +15,8 @@ from chunkstore.geometry import MIB, Buffer, SliceId
 from chunkstore.slices import ChunkStore, SliceInfo
 from metasvc.api import MetaClient
 from metasvc.engine.packing import Move, Packing, Piece
-from metasvc.model import SliceKind, WrittenSlice
+from metasvc.model import PACK_BYTES, SliceKind, WrittenSlice
 
-PACK_BYTES: Final = 4 * MIB
 LEAST_BYTES: Final = 1 * MIB
 """Fewer small bytes stay where they are: an object for them would be no gain."""
 AGE_S: Final = 60.0

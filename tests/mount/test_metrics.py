@@ -100,3 +100,6 @@ def test_a_port_that_is_taken_or_nonsense_is_told_in_one_line(tmp_path: Path) ->
             assert ran.returncode == 1
             (line,) = ran.stderr.splitlines()[-1:]
             assert "give" in line
+        ran = atoll("serve", "--store", running.store, "--listen", "127.0.0.1:0", "--memory", "1000")
+        assert ran.returncode != 0
+        assert "give at least 1MiB" in ran.stderr

@@ -95,6 +95,15 @@ def test_all_together_keep_to_the_limit_whoever_grows(seed: int) -> None:
         assert budget.held_bytes <= LIMIT + slack_bytes
 
 
+def test_many_volumes_keep_to_the_limit_as_well() -> None:
+    budget = MemoryBudget(1 << 30)
+    holders = [Holder(budget) for _ in range(1_000)]
+    for _ in range(300):
+        for holder in holders:
+            holder.grow(7_000)
+    assert budget.held_bytes <= 1.2 * budget.limit_bytes
+
+
 def test_the_share_of_one_that_is_gone_is_free_again() -> None:
     budget = MemoryBudget(LIMIT)
     stays, goes = Holder(budget), Holder(budget)

@@ -77,6 +77,11 @@ def counter(number: int) -> Batch:
     return batch_of(Counter(f"batch-{number:05}", number), Counter("last", number))
 
 
+def batch_past_the_journal(number: int) -> Batch:
+    """Return a batch that is too large for a journal, so that it is committed directly."""
+    return batch_of(Counter("large", number), Slice(SliceId(1), number, 1, 0, bytes(100_000)))
+
+
 def row_in_sqlite(path: Path) -> tuple[int, int]:
     """Return epoch and last batch as another process reads them."""
     with contextlib.closing(sqlite3.connect(path)) as connection:
@@ -831,7 +836,7 @@ async def test_a_small_batch_does_not_overtake_a_large_one_that_nobody_waits_for
     async with world.running():
         volume, owner = await owned(world)
         await volume.commit(owner, 1, counter(1))
-        large = batch_of(Counter("large", 2), Slice(SliceId(1), 2, 1, 0, bytes(100_000)))
+        large = batch_past_the_journal(2)
         with contextlib.closing(sqlite3.connect(world.path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             committing = asyncio.create_task(volume.commit(owner, 2, large))
@@ -858,8 +863,7 @@ async def test_nor_two_of_which_the_first_fails_while_the_second_waits(world: Sq
         with contextlib.closing(sqlite3.connect(world.path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             for pause_s in (0.05, 0.4):
-                large = batch_of(Counter("large", 2), Slice(SliceId(1), 2, 1, 0, bytes(100_000)))
-                committing = asyncio.create_task(volume.commit(owner, 2, large))
+                committing = asyncio.create_task(volume.commit(owner, 2, batch_past_the_journal(2)))
                 await asyncio.sleep(pause_s)
                 committing.cancel()
             small = asyncio.create_task(volume.commit(owner, 2, batch_of(Counter("small", 2))))

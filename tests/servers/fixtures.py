@@ -1,4 +1,4 @@
-"""Fixtures of the real servers: one S3 server and one PostgreSQL for a run of pytest, a fresh bucket and a fault proxy for a test.
+"""Fixtures of the real servers: one S3 server and one PostgreSQL for a run of pytest, fresh buckets and fault proxies.
 
 A test that stops or damages a server takes `own_s3_server`, `own_postgresql`; all others share `s3_server`, `postgresql`.
 """

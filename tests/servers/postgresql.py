@@ -44,9 +44,6 @@ _SETTINGS: Final = {
     "log_min_messages": "warning",
     "log_line_prefix": "'%m [%p] '",
     "timezone": "UTC",
-    # The kernel outlives the server here, and a server that was killed finds in its files what it wrote.
-    "fsync": "off",
-    "full_page_writes": "off",
 }
 
 
@@ -86,14 +83,17 @@ class PostgreSQL:
         self._settings = _SETTINGS | dict(settings or {})
         self._where = where
         self._process: subprocess.Popen[bytes] | None = None
-        self._user = _server_user()
+        user = _server_user() if os.geteuid() == 0 else None
+        self._uid = user.pw_uid if user else None
+        self._gid = user.pw_gid if user else None
         self.port = 0
 
     def __enter__(self) -> Self:
         """Make the cluster, start it, and make role and database."""
         self.directory = Path(tempfile.mkdtemp(prefix="atoll-postgresql-", dir=self._where))
         try:
-            os.chown(self.directory, self._user.pw_uid, self._user.pw_gid)
+            if self._uid is not None and self._gid is not None:
+                os.chown(self.directory, self._uid, self._gid)
             self._make_cluster()
             self.port = free_ports(1)[0]
             self.start()
@@ -135,7 +135,9 @@ class PostgreSQL:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                **self._as_user(),
+                user=self._uid,
+                group=self._gid,
+                extra_groups=None if self._uid is None else [],
             )
         deadline_s = time.monotonic() + _READY_S
         while not self._is_ready():
@@ -175,9 +177,10 @@ class PostgreSQL:
 
     def sql(self, statement: str, *, database: str = DATABASE) -> str:
         """Run a statement as a superuser; the rows as lines."""
+        options = ["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-d", database]
+        place = ["-h", str(self.directory), "-p", str(self.port)]
         done = subprocess.run(
-            [self._programs / "psql", "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-h", self.directory]
-            + ["-p", str(self.port), "-U", "postgres", "-d", database, "-c", statement],
+            [self._programs / "psql", *options, *place, "-c", statement],
             capture_output=True,
             text=True,
             timeout=60,
@@ -194,21 +197,19 @@ class PostgreSQL:
     def _data(self) -> Path:
         return self.directory / "data"
 
-    def _as_user(self) -> dict[str, object]:
-        if os.geteuid() != 0:
-            return {}
-        return {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": []}
-
     def _make_cluster(self) -> None:
+        encoding = ["--encoding=UTF8", "--locale=C.UTF-8"]
+        options = ["-U", "postgres", "--no-sync", "--auth-local=trust", "--auth-host=scram-sha-256", *encoding]
         done = subprocess.run(
-            [self._programs / "initdb", "-D", self._data, "-U", "postgres", "--no-sync", "--encoding=UTF8"]
-            + ["--locale=C.UTF-8", "--auth-local=trust", "--auth-host=scram-sha-256"],
+            [self._programs / "initdb", "-D", self._data, *options],
             cwd=self.directory,
             capture_output=True,
             text=True,
             timeout=120,
             check=False,
-            **self._as_user(),
+            user=self._uid,
+            group=self._gid,
+            extra_groups=None if self._uid is None else [],
         )
         assert done.returncode == 0, done.stderr
 
@@ -241,9 +242,7 @@ class PostgreSQL:
 
 
 def _server_user() -> pwd.struct_passwd:
-    """Return who runs the server: not root."""
-    if os.geteuid() != 0:
-        return pwd.getpwuid(os.geteuid())
+    """Return who runs the server in place of root."""
     for name in ("postgres", "nobody"):
         with contextlib.suppress(KeyError):
             return pwd.getpwnam(name)

@@ -3,8 +3,8 @@
 Reading order: foreign_errors, address, rows (SQL of the tables), database (schema and settings), connections, ownership (SQL
 of the volume row; why the fence holds), volume, and this file.
 
-Concurrency: any number of processes on one database. Every change is one statement on one volume's row, which puts the changes of a
-volume into one order; different volumes never wait for each other. Reads take no locks.
+Concurrency: any number of processes on one database. Every change is one statement on one volume's row, which puts the
+changes of a volume into one order; different volumes never wait for each other. Reads take no locks.
 
 Durability: a commit that returned is as durable as the server makes it with ``synchronous_commit = on``, which every session
 has unless the server or the role says something stronger or in between (docs/guides/service.md).
@@ -116,10 +116,13 @@ class PostgresqlStore:
 
     async def _insert(self, sql: str, *values: object) -> bool:
         """Add a row durably unless one has its key; whether it is this one."""
-        return await self._change(
-            lambda connection: connection.fetchval(f"{sql} ON CONFLICT (name) DO NOTHING RETURNING true", *values),
-            again=False,
-        ) is True
+        return (
+            await self._change(
+                lambda connection: connection.fetchval(f"{sql} ON CONFLICT (name) DO NOTHING RETURNING true", *values),
+                again=False,
+            )
+            is True
+        )
 
     async def _change(self, work: Callable[[asyncpg.Connection], Awaitable[T]], *, again: bool = True) -> T:
         return await self._changes.call(work, deadline_s=CHANGE_DEADLINE_S, again=again)

@@ -142,7 +142,9 @@ class Lane:
         except FOREIGN as exc:
             is_usable = is_usable_after(exc)
             if connection.is_closed() and asyncio.get_running_loop().time() >= ends_s:
-                raise Unavailable(f"{self.at} did not answer in time: see what keeps the server or the network busy") from exc
+                raise Unavailable(
+                    f"{self.at} did not answer in time: see what keeps the server or the network busy"
+                ) from exc
             raise translate(exc, self.at) from exc
         finally:
             cut.cancel()

@@ -106,7 +106,9 @@ async def check_server(connection: asyncpg.Connection, at: str) -> None:
     server = await connection.fetchrow(_ASK_SERVER)
     assert server is not None
     if server["version"] < MIN_VERSION:
-        raise StoreError(f"{at} is version {server['version'] // 10000}: use PostgreSQL {MIN_VERSION // 10000} or newer")
+        raise StoreError(
+            f"{at} is version {server['version'] // 10000}: use PostgreSQL {MIN_VERSION // 10000} or newer"
+        )
     if server["encoding"] != "UTF8":
         raise StoreError(
             f"{at} has the encoding {server['encoding']}: make a database with createdb --template template0 --encoding UTF8"
@@ -141,7 +143,9 @@ async def prepare(
         return
     _refuse_newer(version, at, newest=len(migrations))
     if not version and not create:
-        raise VolumeMissing(f"{at} was not prepared for AtollFS: run `atoll serve --init --store URL`, or check the address")
+        raise VolumeMissing(
+            f"{at} was not prepared for AtollFS: run `atoll serve --init --store URL`, or check the address"
+        )
     async with connection.transaction():
         await connection.execute(_LOCK)
         # Again, now that nobody else migrates: another process may have been quicker.

@@ -6,9 +6,9 @@ the texts name the database without user and password.
 
 from __future__ import annotations
 
-import asyncpg
-
 from typing import Final
+
+import asyncpg
 
 from metasvc.errors import StoreError, StoreRefused
 
@@ -34,8 +34,14 @@ _BY_STATE: Final[dict[str, tuple[type[StoreError], str]]] = {
     "57P": (Unavailable, _LOST),
     "57P01": (Unavailable, "{at} shut down or ended the connection: see whether the server runs"),
     "57P03": (Unavailable, "{at} is starting up or shutting down: wait, or see the server's log"),
-    "25006": (Unavailable, "{at} is read-only, as a standby is: name the primary, or add target_session_attrs=read-write to the URL"),
-    "53300": (Unavailable, "{at} has no connection left: raise max_connections there, or lower connections= in the URLs of the services"),
+    "25006": (
+        Unavailable,
+        "{at} is read-only, as a standby is: name the primary, or add target_session_attrs=read-write to the URL",
+    ),
+    "53300": (
+        Unavailable,
+        "{at} has no connection left: raise max_connections there, or lower connections= in the URLs of the services",
+    ),
     "40": (Unavailable, "{at} took something else first: another program changes the tables of AtollFS"),
     "0A000": (Unavailable, "the tables of {at} were changed while they were in use"),
     "53100": (StoreError, "the disk of {at} is full: free some space there, then try again"),
@@ -45,7 +51,10 @@ _BY_STATE: Final[dict[str, tuple[type[StoreError], str]]] = {
     "58": (StoreError, "{at} cannot read or write its files: check its disk and the server's log"),
     "28": (StoreError, "{at} refused user or password: check both, and pg_hba.conf of the server"),
     "3D000": (StoreError, "there is no database {at}: make it with createdb, or check the address"),
-    "3F000": (StoreError, "there is no schema in {at} for the tables: make it with CREATE SCHEMA, or check search_path"),
+    "3F000": (
+        StoreError,
+        "there is no schema in {at} for the tables: make it with CREATE SCHEMA, or check search_path",
+    ),
     "42501": (StoreError, "the user has too few rights in {at}: make it the owner of the database or of the schema"),
     "22": (StoreRefused, _MISFIT),
     "23": (StoreRefused, _MISFIT),
@@ -64,6 +73,7 @@ def translate(error: BaseException, at: str) -> StoreError:
     StoreRefused where to try again is no use, Unavailable where the same call may do a moment later.
     """
     state = getattr(error, "sqlstate", None)
+    kind: type[StoreError]
     if isinstance(error, UnicodeError):
         kind, text = StoreRefused, _MISFIT
     elif not isinstance(error, asyncpg.PostgresError) or state is None:

@@ -1,7 +1,7 @@
 """The volume row as SQL: who owns a volume, and the commit that only its owner can make.
 
-Owns the statements that write the volume row. Each is one statement that commits by itself: no transaction is ever left open, and
-none waits for a client while it holds a lock.
+Owns the statements that write the volume row. Each is one statement that commits by itself: no transaction is ever left
+open, and none waits for a client while it holds a lock.
 
 Why this fences, at READ COMMITTED: every statement here that changes anything first updates the volume row, where it is as the
 statement expects. Two that run at once wait for each other at the row's lock; the later one looks at the row again as the
@@ -70,7 +70,8 @@ _CREATE: Final = (
     "RETURNING id)"
 )
 _COMMIT: Final = (
-    f"WITH own AS (UPDATE volume SET last_batch = $5 WHERE {_OWNED} AND attempt = $4 AND last_batch = $5 - 1 RETURNING id)"
+    "WITH own AS (UPDATE volume SET last_batch = $5 "
+    f"WHERE {_OWNED} AND attempt = $4 AND last_batch = $5 - 1 RETURNING id)"
 )
 
 
@@ -83,9 +84,7 @@ class Settled:
     last_batch: int
 
 
-async def acquire(
-    connection: asyncpg.Connection, volume_id: int, nonce: str, address: str, ttl_s: float
-) -> Ownership:
+async def acquire(connection: asyncpg.Connection, volume_id: int, nonce: str, address: str, ttl_s: float) -> Ownership:
     """Take the ownership. NotOwner, Fenced for a volume that was deleted. One trip, two where it is refused."""
     while True:
         taken = await connection.fetchrow(_ACQUIRE, volume_id, nonce, address, timedelta(seconds=ttl_s))

@@ -7,9 +7,11 @@ Columns, not rows, go over the wire: an array for each column, with unnest() on 
 that any number of rows is one message of a few dozen values, which the driver packs and unpacks in C. All tables
 of a commit, or of a load, are one statement: one trip and one snapshot.
 
-Plans: each connection is told (database.SETTINGS) to plan a statement once for all values, and to use nothing but the index
-of the key. For a planner that guesses from what the tables held when the statement was prepared, empty as a rule, would
-read whole tables; here every row is asked for by its key, or by a range of the key in its order, however many there are.
+Plans: every row is asked for by its key, or by a range of the key in its order, however many there are. A planner that guesses
+from what the tables held when the statement was prepared, nothing as a rule, prefers to read all of a volume, and keeps to
+that plan. So each connection is told (database) to plan a statement once, for all values, with nothing but the index of the
+key; and a join is written as a subquery for each key, which cannot be turned around (LATERAL … OFFSET 0). Rows to delete
+are found that way, too, and deleted by their place (ctid), which nobody changes meanwhile: see ownership.
 """
 
 from __future__ import annotations
@@ -100,8 +102,15 @@ def _put(table: Table, volume: str, unnest: str) -> str:
 
 
 def _delete(table: Table, volume: str, unnest: str) -> str:
-    matches = " AND ".join(f't."{column}" = k."{column}"' for column in table.key_columns)
-    return f'DELETE FROM "{table.name}" t USING {unnest} WHERE t.volume = (SELECT id FROM {volume}) AND {matches}'
+    find = _each(table, ("ctid",), unnest, f"(SELECT id FROM {volume})", table.key_size)
+    return f'DELETE FROM "{table.name}" WHERE ctid = ANY (ARRAY(SELECT t.ctid FROM {find}))'
+
+
+def _each(table: Table, columns: Sequence[str], unnest: str, volume: str, key_size: int) -> str:
+    """Return the FROM item ``t`` with columns of the rows that have the keys ``k``, looked up one by one."""
+    matches = " AND ".join(f'"{column}" = k."{column}"' for column in table.key_columns[:key_size])
+    select = f'SELECT {", ".join(columns)} FROM "{table.name}" WHERE volume = {volume} AND {matches} OFFSET 0'
+    return f"{unnest} CROSS JOIN LATERAL ({select}) AS t"
 
 
 def changes_values(shape: Shape, batch: Batch) -> Iterator[Any]:
@@ -111,9 +120,8 @@ def changes_values(shape: Shape, batch: Batch) -> Iterator[Any]:
 
 
 DELETE_SOME: Final = {
-    table: f'DELETE FROM "{table.name}" t USING (SELECT {_list(table.key_columns)} FROM "{table.name}" WHERE volume = $1 '
-    f"ORDER BY {_list(table.key_columns)} LIMIT $2) k WHERE t.volume = $1 AND "
-    + " AND ".join(f't."{column}" = k."{column}"' for column in table.key_columns)
+    table: f'DELETE FROM "{table.name}" WHERE ctid = ANY (ARRAY(SELECT ctid FROM "{table.name}" WHERE volume = $1 '
+    f"ORDER BY {_list(table.key_columns)} LIMIT $2))"
     for table in TABLES
 }
 """Delete up to $2 rows of volume $1, in order of their keys."""
@@ -132,15 +140,12 @@ def load_sql(by_key: tuple[Table, ...], by_group: tuple[Table, ...]) -> str:
 
     It answers one row: an array for each column of each table, NULL where nothing was found.
     """
-    parts = []
+    parts: list[str] = []
     first = 2
     for table, size in chain(((table, table.key_size) for table in by_key), ((table, 1) for table in by_group)):
-        columns = table.key_columns[:size]
-        matches = " AND ".join(f't."{column}" = k."{column}"' for column in columns)
-        parts.append(
-            f"(SELECT {_arrays(table.columns, 't.')} FROM {_unnest(table, columns, first)} "
-            f'JOIN "{table.name}" t ON t.volume = $1 AND {matches}) AS p{len(parts)}'
-        )
+        unnest = _unnest(table, table.key_columns[:size], first)
+        each = _each(table, ("*",), unnest, "$1", size)
+        parts.append(f"(SELECT {_arrays(table.columns, 't.')} FROM {each}) AS p{len(parts)}")
         first += size
     return "SELECT * FROM " + " CROSS JOIN ".join(parts)
 
@@ -191,7 +196,7 @@ def scan_dir_sql(*, is_first: bool) -> str:
     return (
         f"SELECT {_arrays(DENTRY.columns, 'd.')}, {_arrays(INODE.columns, 'i.')} FROM (SELECT * FROM dentry "
         f"WHERE volume = $1 AND parent = $2 {'' if is_first else 'AND name > $4 '}ORDER BY name LIMIT $3) AS d "
-        "LEFT JOIN inode i ON i.volume = $1 AND i.ino = d.ino"
+        "LEFT JOIN LATERAL (SELECT * FROM inode WHERE volume = $1 AND ino = d.ino OFFSET 0) AS i ON true"
     )
 
 

@@ -1,7 +1,7 @@
 """One volume of a PostgreSQL database: metasvc.store.VolumeStore.
 
-What is known of an ownership's commits is one value, ``_settled``: under which attempt they go and whether the last one's outcome
-is known. Interleavings:
+What is known of an ownership's commits is one value, ``_settled``: under which attempt they go, and whether the outcome of the
+last one is known. Interleavings:
 
 - A commit is one trip while all goes well. Before it is sent its outcome counts as unknown, and as known again when the server
   has answered; so a commit whose connection broke, whose deadline passed, or whose caller was cancelled leaves it unknown.
@@ -15,7 +15,7 @@ is known. Interleavings:
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import asyncpg
 
@@ -158,14 +158,14 @@ class PostgresqlVolume:
         """Answer nothing any more. The ownership lasts until it is released or expires."""
         self._closed = True
 
-    async def _read(self, sql: str, *values: object) -> asyncpg.Record:
+    async def _read(self, sql: str, *values: object) -> tuple[Any, ...]:
         """Run a statement on the volume that answers one row. One trip."""
         self._check_open()
 
-        async def work(connection: asyncpg.Connection) -> asyncpg.Record:
+        async def work(connection: asyncpg.Connection) -> tuple[Any, ...]:
             row = await connection.fetchrow(sql, self._id, *values)
             assert row is not None, "an aggregate without GROUP BY answers one row"
-            return row
+            return tuple(row)
 
         return await self._reads.call(work, deadline_s=READ_DEADLINE_S, again=True)
 

@@ -47,6 +47,10 @@ class PostgresqlWorld(World):
     async def lapse(self) -> None:
         await self.sql(f"UPDATE {self.schema}.volume SET owner_expires = clock_timestamp() WHERE tenant = 'tenant'")
 
+    async def die(self) -> None:
+        await self.end_processes()
+        await self.lapse()
+
     async def sql(self, statement: str, *values: object) -> list[asyncpg.Record]:
         """Run a statement as a superuser; the rows."""
         connection = await self.server.administrator()

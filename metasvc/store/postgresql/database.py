@@ -3,9 +3,10 @@
 Owns the session's settings and the table ``atollfs_schema``, whose one row has the number of the last migration. Knows no
 volume. The tables lie in the connection's current schema: ``public`` unless the URL has ``search_path=…``.
 
-Migrations of several processes: whoever migrates holds an advisory lock of the schema until its transaction ends, and looks
-at the version again once it has it. All missing migrations are one transaction: after a crash all or none
-were done. A statement of a running service waits for the locks of ALTER TABLE, at most as long as a call may take.
+Migrations of several processes: whoever migrates holds an advisory lock of the schema, and looks at the version again once it
+has it, in a transaction that began after that (one that waited for the lock would not see what the other one made). All
+missing migrations are one transaction: after a crash all or none were done, and the lock ends with the
+connection. A statement of a running service waits for the locks of ALTER TABLE, at most as long as a call may take.
 """
 
 from __future__ import annotations
@@ -63,8 +64,10 @@ _ASK_SERVER: Final = (
     "current_setting('synchronous_commit') AS synchronous, current_setting('fsync') AS fsync, "
     "current_setting('full_page_writes') AS whole_pages"
 )
-_LOCK: Final = "SELECT pg_advisory_xact_lock(1098149740, current_schema()::regnamespace::oid::int)"
-"""``Atol`` in ASCII, and the schema."""
+_LOCK: Final = "SELECT pg_advisory_lock(1098149740, current_schema()::regnamespace::oid::int)"
+"""``Atol`` in ASCII, and the schema. Released with the connection."""
+_PATIENCE: Final = "SET lock_timeout = '60s'; SET statement_timeout = 0"
+"""Of who migrates: to change a large table may take its time."""
 _MARK: Final = (
     "-- The version of the schema: one row.\n"
     "CREATE TABLE IF NOT EXISTS atollfs_schema (\n"
@@ -134,7 +137,8 @@ async def prepare(
     """Make sure that there is our schema, and that it is the newest.
 
     Raises VolumeMissing if there is none and ``create`` is false, SchemaTooNew for one of a newer AtollFS, StoreError where
-    something else has tables of our names; nothing is changed then. Foreign errors. One trip where nothing is to do.
+    something else has tables of our names; nothing is changed then. Foreign errors. Two trips where nothing is to do. Close the
+    connection afterwards: it may have the lock, and other settings.
     """
     if migrations is None:
         migrations = load_migrations("postgresql")
@@ -146,8 +150,9 @@ async def prepare(
         raise VolumeMissing(
             f"{at} was not prepared for AtollFS: run `atoll serve --init --store URL`, or check the address"
         )
+    await connection.execute(_PATIENCE)
+    await connection.execute(_LOCK)
     async with connection.transaction():
-        await connection.execute(_LOCK)
         # Again, now that nobody else migrates: another process may have been quicker.
         version = await _version(connection)
         _refuse_newer(version, at, newest=len(migrations))

@@ -125,7 +125,7 @@ async def commit(
     """
     shape = shape_of(batch)
     owner = (volume_id, ownership.nonce, ownership.epoch, attempt, number)
-    if await connection.fetchval(_commit_sql(shape), *owner, *changes_values(shape, batch)) is not None:
+    if await connection.fetch(_commit_sql(shape), *owner, *changes_values(shape, batch)):
         return True
     state = await _state(connection, volume_id)
     if _is_of(state, ownership) and state["last_batch"] == number - 1 and state["attempt"] != attempt:

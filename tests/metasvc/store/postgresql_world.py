@@ -26,13 +26,13 @@ class PostgresqlWorld(World):
         self.server = server
         self.schema = f"world_{next(_numbers)}"
         self.connections = connections
-        self._port = port
+        self.port = port
         self._is_made = False
 
     @property
     def url(self) -> str:
         """The URL for a process."""
-        return self.server.url(port=self._port, search_path=self.schema, connections=self.connections)
+        return self.server.url(port=self.port, search_path=self.schema, connections=self.connections)
 
     async def make(self) -> None:
         """Make the schema, without tables, unless it was made."""

@@ -30,7 +30,7 @@ import asyncpg
 from chunkstore.errors import AtollError
 from metasvc.errors import StoreError
 from metasvc.store.postgresql.address import Address
-from metasvc.store.postgresql.database import connect
+from metasvc.store.postgresql.database import CONNECT_DEADLINE_S, connect
 from metasvc.store.postgresql.foreign_errors import FOREIGN, Unavailable, is_usable_after, translate
 
 __all__ = ["CHANGE_DEADLINE_S", "READ_DEADLINE_S", "Lane"]
@@ -104,7 +104,7 @@ class Lane:
         while True:
             is_sent = False
             try:
-                connection = await self._take()
+                connection = await self._take(ends_s)
                 is_sent = True
                 attempt_ends_s = min(ends_s, loop.time() + ATTEMPT_DEADLINE_S) if again else ends_s
                 return await self._attempt(work, connection, attempt_ends_s)
@@ -114,15 +114,16 @@ class Lane:
             await asyncio.sleep(delay_s)
             delay_s = min(RETRY_MAX_S, delay_s * 2)
 
-    async def _take(self) -> asyncpg.Connection:
-        """Return a connection that nobody uses."""
+    async def _take(self, ends_s: float) -> asyncpg.Connection:
+        """Return a connection that nobody uses. StoreError."""
         while self._idle:
             connection = self._idle.pop()
             if not connection.is_closed():
                 return connection
             self._open.discard(connection)
         try:
-            connection = await connect(self._address)
+            left_s = max(0.0, ends_s - asyncio.get_running_loop().time())
+            connection = await connect(self._address, deadline_s=min(CONNECT_DEADLINE_S, left_s))
         except FOREIGN as exc:
             raise translate(exc, self.at) from exc
         self._open.add(connection)
@@ -141,11 +142,8 @@ class Lane:
             raise
         except FOREIGN as exc:
             is_usable = is_usable_after(exc)
-            if connection.is_closed() and asyncio.get_running_loop().time() >= ends_s:
-                raise Unavailable(
-                    f"{self.at} did not answer in time: see what keeps the server or the network busy"
-                ) from exc
-            raise translate(exc, self.at) from exc
+            is_late = connection.is_closed() and asyncio.get_running_loop().time() >= ends_s
+            raise translate(TimeoutError() if is_late else exc, self.at) from exc
         finally:
             cut.cancel()
             if is_usable and not self._closed:

@@ -80,14 +80,14 @@ _OURS: Final = [*(table.name for table in TABLES), "volume", "tenant", "setting"
 log = logging.getLogger(__name__)
 
 
-async def connect(address: Address) -> asyncpg.Connection:
+async def connect(address: Address, *, deadline_s: float = CONNECT_DEADLINE_S) -> asyncpg.Connection:
     """Connect and tell the session how it shall work. Two trips and those of the driver. Foreign errors.
 
     Where the server or the role says ``synchronous_commit = off`` the session says ``on``: an acknowledged batch is durable.
     """
     connection: asyncpg.Connection = await asyncpg.connect(
         address.url,
-        timeout=CONNECT_DEADLINE_S,
+        timeout=deadline_s,
         statement_cache_size=_STATEMENTS,
         max_cached_statement_lifetime=0,
         max_cacheable_statement_size=0,

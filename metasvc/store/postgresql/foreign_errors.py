@@ -23,6 +23,7 @@ class Unavailable(StoreError):
 
 
 _LOST: Final = "the connection to {at} was lost: see whether the server runs and can be reached"
+_LATE: Final = "{at} did not answer in time: see what keeps the server or the network busy"
 _MISFIT: Final = "a row does not fit the schema of {at}: this is a bug, please report it"
 _GONE: Final = "the schema of {at} is not as AtollFS made it: restore it from a backup"
 _DAMAGED: Final = "{at} is damaged: stop using the volume and restore the metadata from a backup or a dump"
@@ -76,6 +77,8 @@ def translate(error: BaseException, at: str) -> StoreError:
     kind: type[StoreError]
     if isinstance(error, UnicodeError):
         kind, text = StoreRefused, _MISFIT
+    elif isinstance(error, TimeoutError):
+        kind, text = Unavailable, _LATE
     elif not isinstance(error, asyncpg.PostgresError) or state is None:
         kind, text = Unavailable, _LOST
     else:

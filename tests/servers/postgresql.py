@@ -77,11 +77,10 @@ class PostgreSQL:
     It has a role that owns one database, with a password (SCRAM) over TCP; administrators come by the socket.
     """
 
-    def __init__(self, programs: Path, *, settings: Mapping[str, str] | None = None, where: Path | None = None) -> None:
-        """Choose a port; nothing runs yet. ``where``: a directory for the data, that the server's user may enter."""
+    def __init__(self, programs: Path, *, settings: Mapping[str, str] | None = None) -> None:
+        """Nothing runs yet."""
         self._programs = programs
         self._settings = _SETTINGS | dict(settings or {})
-        self._where = where
         self._process: subprocess.Popen[bytes] | None = None
         user = _server_user() if os.geteuid() == 0 else None
         self._uid = user.pw_uid if user else None
@@ -90,12 +89,9 @@ class PostgreSQL:
 
     def __enter__(self) -> Self:
         """Make the cluster, start it, and make role and database."""
-        self.directory = Path(tempfile.mkdtemp(prefix="atoll-postgresql-", dir=self._where))
+        self._make_directory()
         try:
-            if self._uid is not None and self._gid is not None:
-                os.chown(self.directory, self._uid, self._gid)
             self._make_cluster()
-            self.port = free_ports(1)[0]
             self.start()
             literal = PASSWORD.replace("'", "''")
             self.sql(f"CREATE ROLE {ROLE} LOGIN PASSWORD '{literal}'", database="postgres")
@@ -110,6 +106,25 @@ class PostgreSQL:
     ) -> None:
         """End the server and remove its data."""
         self._end()
+
+    @contextmanager
+    def standby(self) -> Iterator[PostgreSQL]:
+        """Run a standby of this server, named "standby", until the block ends; both run on when it is promoted."""
+        other = PostgreSQL(self._programs, settings=self._settings)
+        other._make_directory()
+        try:
+            place = f"host={self.directory} port={self.port} user=postgres application_name=standby"
+            other._run(
+                "pg_basebackup", "-D", str(other._data), "-R", "-X", "stream", "-c", "fast", "--no-sync", "-d", place
+            )
+            other.start()
+            yield other
+        finally:
+            other._end()
+
+    def promote(self) -> None:
+        """Make a standby a primary."""
+        self._run("pg_ctl", "promote", "-D", str(self._data), "-w")
 
     def url(self, *, database: str = DATABASE, port: int | None = None, **parameters: str | int) -> str:
         """Return the URL for the role, at another port (of a proxy) where one is given."""
@@ -175,7 +190,7 @@ class PostgreSQL:
         )
         return connection
 
-    def sql(self, statement: str, *, database: str = DATABASE) -> str:
+    def sql(self, statement: str, *, database: str = DATABASE, timeout_s: float = 60.0) -> str:
         """Run a statement as a superuser; the rows as lines."""
         options = ["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-d", database]
         place = ["-h", str(self.directory), "-p", str(self.port)]
@@ -183,7 +198,7 @@ class PostgreSQL:
             [self._programs / "psql", *options, *place, "-c", statement],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=timeout_s,
             check=False,
         )
         assert done.returncode == 0, done.stderr
@@ -197,11 +212,21 @@ class PostgreSQL:
     def _data(self) -> Path:
         return self.directory / "data"
 
+    def _make_directory(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="atoll-postgresql-"))
+        if self._uid is not None and self._gid is not None:
+            os.chown(self.directory, self._uid, self._gid)
+        self.port = free_ports(1)[0]
+
     def _make_cluster(self) -> None:
         encoding = ["--encoding=UTF8", "--locale=C.UTF-8"]
         options = ["-U", "postgres", "--no-sync", "--auth-local=trust", "--auth-host=scram-sha-256", *encoding]
+        self._run("initdb", "-D", str(self._data), *options)
+
+    def _run(self, program: str, *arguments: str) -> None:
+        """Run a program as the server's user."""
         done = subprocess.run(
-            [self._programs / "initdb", "-D", self._data, *options],
+            [self._programs / program, *arguments],
             cwd=self.directory,
             capture_output=True,
             text=True,

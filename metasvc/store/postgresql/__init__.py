@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Final, Self, TypeVar
 
 import asyncpg
@@ -27,7 +28,7 @@ from metasvc.store.postgresql.connections import CHANGE_DEADLINE_S, READ_DEADLIN
 from metasvc.store.postgresql.database import check_server, connect, prepare
 from metasvc.store.postgresql.foreign_errors import FOREIGN, translate
 from metasvc.store.postgresql.volume import PostgresqlVolume
-from metasvc.store.tables import Batch
+from metasvc.store.tables import TABLES, Batch, Key, Table
 
 __all__ = ["PostgresqlStore"]
 
@@ -91,9 +92,22 @@ class PostgresqlStore:
         If the process ends in between, the rows that are left go with the next volume that is deleted.
         """
         await self._change(lambda connection: owning.disown_deleted(connection, tenant, name), again=False)
-        left = True
-        while left:
-            left = await self._change(lambda connection: owning.delete_some_rows(connection, _DELETED_AT_ONCE))
+        while (volume_id := await self._change(owning.find_deleted)) is not None:
+            for table in TABLES:
+                await self._delete_rows(volume_id, table)
+            if not await self._change(partial(owning.forget_deleted, volume_id=volume_id)):
+                # Another process is at it, too.
+                await asyncio.sleep(_DELETE_PAUSE_S)
+
+    async def _delete_rows(self, volume_id: int, table: Table) -> None:
+        after: Key | None = None
+        while True:
+            work = partial(
+                owning.delete_some_rows, volume_id=volume_id, table=table, after=after, limit=_DELETED_AT_ONCE
+            )
+            after = await self._change(work)
+            if after is None:
+                return
             await asyncio.sleep(_DELETE_PAUSE_S)
 
     async def setting(self, name: str) -> bytes | None:

@@ -61,8 +61,6 @@ class Lane:
         self._open: set[asyncpg.Connection] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
-        self.trips = 0
-        """Calls that were sent, for tests of their number."""
 
     @property
     def at(self) -> str:
@@ -81,7 +79,7 @@ class Lane:
         return await asyncio.shield(self._begin(self._call(work, deadline_s, again=again)))
 
     def _begin(self, call: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.get_running_loop().create_task(call)
+        task = asyncio.get_running_loop().create_task(self._ended_by_close(call))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -97,6 +95,13 @@ class Lane:
             return await self._attempts(work, ends_s, again=again)
         finally:
             self._turns.release()
+
+    async def _ended_by_close(self, call: Coroutine[Any, Any, T]) -> T:
+        """Run a call; nobody but close() cancels it, and who waits for it was not cancelled."""
+        try:
+            return await call
+        except asyncio.CancelledError:
+            raise StoreError(f"{self.at} is closed") from None
 
     async def _attempts(self, work: Work[T], ends_s: float, *, again: bool) -> T:
         loop = asyncio.get_running_loop()
@@ -131,7 +136,6 @@ class Lane:
 
     async def _attempt(self, work: Work[T], connection: asyncpg.Connection, ends_s: float) -> T:
         is_usable = False
-        self.trips += 1
         cut = asyncio.get_running_loop().call_at(ends_s, connection.terminate)
         try:
             result = await work(connection)
@@ -156,7 +160,7 @@ class Lane:
         """Let calls end that are under way, for CLOSE_S, then cut their connections; close the others. May be called twice."""
         self._closed = True
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=CLOSE_S)
+            await asyncio.wait(list(self._tasks), timeout=CLOSE_S)
         for connection in self._open.difference(self._idle):
             connection.terminate()
         for task in list(self._tasks):

@@ -62,7 +62,7 @@ commits of creates and the like are two dozen."""
 _ASK_SERVER: Final = (
     "SELECT current_setting('server_version_num')::int AS version, current_setting('server_encoding') AS encoding, "
     "current_setting('synchronous_commit') AS synchronous, current_setting('fsync') AS fsync, "
-    "current_setting('full_page_writes') AS whole_pages"
+    "current_setting('full_page_writes') AS whole_pages, pg_is_in_recovery() AS is_standby"
 )
 _LOCK: Final = "SELECT pg_advisory_lock(1098149740, current_schema()::regnamespace::oid::int)"
 """``Atol`` in ASCII, and the schema. Released with the connection."""
@@ -116,6 +116,8 @@ async def check_server(connection: asyncpg.Connection, at: str) -> None:
         raise StoreError(
             f"{at} has the encoding {server['encoding']}: make a database with createdb --template template0 --encoding UTF8"
         )
+    if server["is_standby"]:
+        raise StoreError(f"{at} is a standby: name the primary, or add target_session_attrs=read-write to the URL")
     weak = [
         f"{name} = {server[key]}"
         for name, key in (("fsync", "fsync"), ("full_page_writes", "whole_pages"))

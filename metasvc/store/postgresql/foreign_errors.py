@@ -24,6 +24,7 @@ class Unavailable(StoreError):
 
 _LOST: Final = "the connection to {at} was lost: see whether the server runs and can be reached"
 _LATE: Final = "{at} did not answer in time: see what keeps the server or the network busy"
+_WRONG_URL: Final = "the parameters in the URL of {at} do not fit together"
 _MISFIT: Final = "a row does not fit the schema of {at}: this is a bug, please report it"
 _GONE: Final = "the schema of {at} is not as AtollFS made it: restore it from a backup"
 _DAMAGED: Final = "{at} is damaged: stop using the volume and restore the metadata from a backup or a dump"
@@ -75,7 +76,9 @@ def translate(error: BaseException, at: str) -> StoreError:
     """
     state = getattr(error, "sqlstate", None)
     kind: type[StoreError]
-    if isinstance(error, UnicodeError):
+    if isinstance(error, asyncpg.ClientConfigurationError):
+        kind, text = StoreError, _WRONG_URL
+    elif isinstance(error, UnicodeError):
         kind, text = StoreRefused, _MISFIT
     elif isinstance(error, TimeoutError):
         kind, text = Unavailable, _LATE

@@ -31,8 +31,8 @@ import asyncpg
 
 from metasvc.errors import Fenced, NotOwner, VolumeExists, VolumeMissing
 from metasvc.store import Ownership
-from metasvc.store.postgresql.rows import DELETE_SOME, Shape, changes_sql, changes_values, shape_of
-from metasvc.store.tables import TABLES, Batch
+from metasvc.store.postgresql.rows import Shape, changes_sql, changes_values, delete_some_sql, shape_of
+from metasvc.store.tables import TABLES, Batch, Key, Table
 
 __all__ = [
     "acquire",
@@ -40,6 +40,8 @@ __all__ = [
     "create_volume",
     "delete_some_rows",
     "disown_deleted",
+    "find_deleted",
+    "forget_deleted",
     "release",
     "renew",
     "replace_format",
@@ -50,13 +52,13 @@ _OWNED: Final = "id = $1 AND owner_nonce = $2 AND epoch = $3"
 _EXPIRED: Final = "(owner_nonce IS NULL OR owner_expires <= clock_timestamp())"
 _ACQUIRE: Final = (
     "UPDATE volume SET owner_nonce = $2, owner_address = $3, owner_expires = clock_timestamp() + $4::interval, "
-    f"epoch = epoch + 1, attempt = 0 WHERE id = $1 AND tenant IS NOT NULL AND (owner_nonce = $2 OR {_EXPIRED}) "
+    f"epoch = epoch + 1, attempt = 0 WHERE id = $1 AND epoch = $5 AND tenant IS NOT NULL AND (owner_nonce = $2 OR {_EXPIRED}) "
     "RETURNING epoch, last_batch"
 )
 _RENEW: Final = f"UPDATE volume SET owner_expires = clock_timestamp() + $4::interval WHERE {_OWNED} RETURNING 1"
 _RELEASE: Final = f"UPDATE volume SET owner_nonce = NULL, owner_address = NULL, owner_expires = NULL WHERE {_OWNED}"
 _SETTLE: Final = f"UPDATE volume SET attempt = attempt + 1 WHERE {_OWNED} RETURNING attempt, last_batch"
-_REPLACE_FORMAT: Final = f"UPDATE volume SET format = $4 WHERE {_OWNED} RETURNING 1"
+_REPLACE_FORMAT: Final = f"UPDATE volume SET format = $5 WHERE {_OWNED} AND attempt = $4 RETURNING 1"
 _STATE: Final = (
     "SELECT tenant IS NULL AS is_deleted, owner_nonce, owner_address, epoch, attempt, last_batch, "
     "greatest(0, extract(epoch FROM owner_expires - clock_timestamp()))::float8 AS expires_in_s FROM volume WHERE "
@@ -75,6 +77,11 @@ _COMMIT: Final = (
 )
 
 
+_FORGET: Final = "DELETE FROM volume WHERE id = $1 AND tenant IS NULL" + "".join(
+    f' AND NOT EXISTS (SELECT FROM "{table.name}" WHERE volume = $1)' for table in TABLES
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Settled:
     """What is final about an ownership's commits."""
@@ -85,15 +92,19 @@ class Settled:
 
 
 async def acquire(connection: asyncpg.Connection, volume_id: int, nonce: str, address: str, ttl_s: float) -> Ownership:
-    """Take the ownership. NotOwner, Fenced for a volume that was deleted. One trip, two where it is refused."""
+    """Take the ownership. NotOwner, Fenced for a volume that was deleted. Two trips.
+
+    The epoch must be the one that was read: an acquisition that was thought lost and comes late must not end this one.
+    """
     while True:
-        taken = await connection.fetchrow(_ACQUIRE, volume_id, nonce, address, timedelta(seconds=ttl_s))
+        state = await _state(connection, volume_id)
+        if state["owner_nonce"] not in (None, nonce) and state["expires_in_s"] > 0:
+            raise NotOwner(state["owner_address"], state["expires_in_s"])
+        values = (volume_id, nonce, address, timedelta(seconds=ttl_s), state["epoch"])
+        taken = await connection.fetchrow(_ACQUIRE, *values)
         if taken is not None:
             return Ownership(nonce=nonce, epoch=taken["epoch"], last_batch=taken["last_batch"])
-        state = await _state(connection, volume_id)
-        # Released in between: once more.
-        if state["owner_nonce"] is not None:
-            raise NotOwner(state["owner_address"], state["expires_in_s"])
+        # Somebody was quicker, or renewed: once more.
 
 
 async def renew(connection: asyncpg.Connection, volume_id: int, ownership: Ownership, ttl_s: float) -> None:
@@ -133,10 +144,17 @@ async def commit(
     raise _refusal(state, ownership, number)
 
 
-async def replace_format(connection: asyncpg.Connection, volume_id: int, ownership: Ownership, text: str) -> None:
-    """Store another format. Fenced."""
-    if await connection.fetchval(_REPLACE_FORMAT, volume_id, ownership.nonce, ownership.epoch, text) is None:
-        raise await _fenced(connection, volume_id, ownership)
+async def replace_format(
+    connection: asyncpg.Connection, volume_id: int, ownership: Ownership, attempt: int, text: str
+) -> bool:
+    """Store another format; False if only ``attempt`` is not the stored one. Fenced."""
+    values = (volume_id, ownership.nonce, ownership.epoch, attempt, text)
+    if await connection.fetchval(_REPLACE_FORMAT, *values) is not None:
+        return True
+    state = await _state(connection, volume_id)
+    if not _is_of(state, ownership):
+        raise _refusal(state, ownership, None)
+    return False
 
 
 async def create_volume(connection: asyncpg.Connection, tenant: str, name: str, text: str, batch: Batch) -> None:
@@ -157,19 +175,28 @@ async def disown_deleted(connection: asyncpg.Connection, tenant: str, name: str)
     raise NotOwner(state["owner_address"] or "another process", state["expires_in_s"] or 0.0)
 
 
-async def delete_some_rows(connection: asyncpg.Connection, limit: int) -> bool:
-    """Delete up to ``limit`` rows of a deleted volume, or the volume's own row; False when nothing is left of any.
+async def find_deleted(connection: asyncpg.Connection) -> int | None:
+    """Return the id of a volume that was deleted and has not gone; None if there is none."""
+    found: int | None = await connection.fetchval("SELECT id FROM volume WHERE tenant IS NULL ORDER BY id LIMIT 1")
+    return found
 
-    Other processes may be at the same volume: they delete the same rows, or the next ones.
+
+async def delete_some_rows(
+    connection: asyncpg.Connection, volume_id: int, table: Table, after: Key | None, limit: int
+) -> Key | None:
+    """Delete up to ``limit`` rows of a deleted volume with key > after; the last one's key, None if there were none.
+
+    From where the last one ended, for entries of deleted rows stay in the index until a vacuum.
     """
-    volume_id = await connection.fetchval("SELECT id FROM volume WHERE tenant IS NULL ORDER BY id LIMIT 1")
-    if volume_id is None:
-        return False
-    for table in TABLES:
-        if await connection.execute(DELETE_SOME[table], volume_id, limit) != "DELETE 0":
-            return True
-    await connection.execute("DELETE FROM volume WHERE id = $1 AND tenant IS NULL", volume_id)
-    return True
+    sql = delete_some_sql(table, is_first=after is None)
+    last = await connection.fetchrow(sql, volume_id, limit, *(after or ()))
+    return None if last is None else tuple(last)
+
+
+async def forget_deleted(connection: asyncpg.Connection, volume_id: int) -> bool:
+    """Delete the row of a deleted volume without rows; False if it has some, which another process may be deleting."""
+    await connection.execute(_FORGET, volume_id)
+    return await connection.fetchval("SELECT 1 FROM volume WHERE id = $1", volume_id) is None
 
 
 @cache

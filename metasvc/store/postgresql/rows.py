@@ -27,10 +27,10 @@ from metasvc.store import Loaded
 from metasvc.store.tables import DENTRY, INODE, TABLES, Batch, Key, Row, Table
 
 __all__ = [
-    "DELETE_SOME",
     "Shape",
     "changes_sql",
     "changes_values",
+    "delete_some_sql",
     "load_sql",
     "load_values",
     "loaded",
@@ -119,12 +119,25 @@ def changes_values(shape: Shape, batch: Batch) -> Iterator[Any]:
         yield from zip(*(batch.puts if is_put else batch.deletes)[table], strict=True)
 
 
-DELETE_SOME: Final = {
-    table: f'DELETE FROM "{table.name}" WHERE ctid = ANY (ARRAY(SELECT ctid FROM "{table.name}" WHERE volume = $1 '
-    f"ORDER BY {_list(table.key_columns)} LIMIT $2))"
-    for table in TABLES
-}
-"""Delete up to $2 rows of volume $1, in order of their keys."""
+@cache
+def delete_some_sql(table: Table, *, is_first: bool) -> str:
+    """Return the statement that deletes rows in order: of volume $1, at most $2, behind the key $3 … unless ``is_first``.
+
+    It answers the key of the last one.
+    """
+    keys = _list(table.key_columns)
+    order = ", ".join(f'"{column}" DESC' for column in table.key_columns)
+    return (
+        f'WITH gone AS (DELETE FROM "{table.name}" WHERE ctid = ANY (ARRAY({_in_order(table, "ctid", is_first=is_first)})) '
+        f"RETURNING {keys}) SELECT {keys} FROM gone ORDER BY {order} LIMIT 1"
+    )
+
+
+def _in_order(table: Table, columns: str, *, is_first: bool) -> str:
+    marks = ", ".join(f"${3 + index}" for index in range(table.key_size))
+    keys = _list(table.key_columns)
+    after = "" if is_first else f"AND ({keys}) > ({marks}) "
+    return f'SELECT {columns} FROM "{table.name}" WHERE volume = $1 {after}ORDER BY {keys} LIMIT $2'
 
 
 # -- out --------------------------------------------------------------------------------------------------------------
@@ -176,12 +189,7 @@ def _rows(table: Table, arrays: Sequence[Any]) -> Iterator[Row]:
 @cache
 def scan_sql(table: Table, *, is_first: bool) -> str:
     """Return the statement that reads rows in order: of volume $1, at most $2, behind the key $3 … unless ``is_first``."""
-    marks = ", ".join(f"${3 + index}" for index in range(table.key_size))
-    after = "" if is_first else f"AND ({_list(table.key_columns)}) > ({marks}) "
-    return (
-        f'SELECT {_arrays(table.columns)} FROM (SELECT * FROM "{table.name}" WHERE volume = $1 {after}'
-        f"ORDER BY {_list(table.key_columns)} LIMIT $2) AS p"
-    )
+    return f"SELECT {_arrays(table.columns)} FROM ({_in_order(table, '*', is_first=is_first)}) AS p"
 
 
 def scanned(table: Table, found: Sequence[Any]) -> list[Row]:

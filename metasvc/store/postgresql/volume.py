@@ -15,6 +15,7 @@ last one is known. Interleavings:
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Final
 
 import asyncpg
@@ -38,6 +39,10 @@ from metasvc.store.tables import Batch, Key, Row, Table
 
 __all__ = ["PostgresqlVolume"]
 
+_CONTENDED: Final = "{at}: another process with the same ownership commits at the same time"
+_RENEW_SHARE: Final = 0.6
+"""Of the lease, which its owner counts from before it asked: a renewal that comes back later leaves no time for the next one,
+which is sent a third of the lease after it."""
 _ATTEMPTS: Final = 8
 """So often a commit settles because the attempt was another one; each time somebody else has settled in between."""
 
@@ -78,7 +83,8 @@ class PostgresqlVolume:
         async def work(connection: asyncpg.Connection) -> None:
             await owning.renew(connection, self._id, ownership, ttl_s)
 
-        await self._changes.call(work, deadline_s=CHANGE_DEADLINE_S, again=True)
+        deadline_s = min(CHANGE_DEADLINE_S, ttl_s * _RENEW_SHARE)
+        await self._changes.call(work, deadline_s=deadline_s, again=True)
 
     async def release(self, ownership: Ownership) -> None:
         self._check_open()
@@ -96,7 +102,7 @@ class PostgresqlVolume:
                 await self._settle(ownership)
             if await self._commit(ownership, number, batch):
                 return
-        raise StoreError(f"{self._changes.at}: another process with the same ownership commits at the same time")
+        raise StoreError(_CONTENDED.format(at=self._changes.at))
 
     async def _commit(self, ownership: Ownership, number: int, batch: Batch) -> bool:
         """Send a commit under the attempt that is known; False if that is not the stored one."""
@@ -147,12 +153,19 @@ class PostgresqlVolume:
         self._check_open()
         check_same_volume(self._format, volume_format)
         text = dump_format(volume_format)
-
-        async def work(connection: asyncpg.Connection) -> None:
-            await owning.replace_format(connection, self._id, ownership, text)
-
-        await self._changes.call(work, deadline_s=CHANGE_DEADLINE_S, again=True)
-        self._format = volume_format
+        for _ in range(_ATTEMPTS):
+            # Like a commit: one that comes late must not undo the next one.
+            await self._settle(ownership)
+            settled, self._settled = self._settled, None
+            assert settled is not None
+            work = partial(
+                owning.replace_format, volume_id=self._id, ownership=ownership, attempt=settled[2], text=text
+            )
+            if await self._changes.call(work, deadline_s=CHANGE_DEADLINE_S):
+                self._settled = settled
+                self._format = volume_format
+                return
+        raise StoreError(_CONTENDED.format(at=self._changes.at))
 
     async def close(self) -> None:
         """Answer nothing any more. The ownership lasts until it is released or expires."""

@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 
 from metasvc.store import Store
-from metasvc.store.sqlite import SqliteStore
 from tests.metasvc.engine.volumes import Way
-from tests.metasvc.store.postgresql_world import PostgresqlWorld
-from tests.servers.postgresql import PostgreSQL
+from tests.metasvc.store.kinds import KINDS, new_store_of
 
 WAYS = {
     "test_rules": ["direct", "wire", "sqlite", "postgresql"],
@@ -33,27 +31,17 @@ def _way(request: pytest.FixtureRequest) -> Iterator[None]:
     way = getattr(request, "param", "direct")
     before = Way.make_store
     Way.over_the_wire = way == "wire"
-    if way == "sqlite":
-        Way.make_store = _Sqlite(request.getfixturevalue("tmp_path"))
-    elif way == "postgresql":
-        Way.make_store = _Postgresql(request.getfixturevalue("postgresql"))
+    if way in KINDS:
+        server = request.getfixturevalue("postgresql") if way == "postgresql" else None
+        numbers = itertools.count()
+        tmp_path: Path = request.getfixturevalue("tmp_path")
+
+        async def make_store() -> Store:
+            directory = tmp_path / f"store-{next(numbers)}"
+            directory.mkdir()
+            return await new_store_of(way, directory, server)
+
+        Way.make_store = staticmethod(make_store)
     yield
     Way.over_the_wire = False
     Way.make_store = before
-
-
-class _Sqlite:
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._numbers = itertools.count()
-
-    async def __call__(self) -> Store:
-        return await SqliteStore.open(str(self._directory / f"meta-{next(self._numbers)}.db"), create=True)
-
-
-class _Postgresql:
-    def __init__(self, server: PostgreSQL) -> None:
-        self._server = server
-
-    async def __call__(self) -> Store:
-        return await PostgresqlWorld(self._server).open_store()

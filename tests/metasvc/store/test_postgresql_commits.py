@@ -155,6 +155,28 @@ async def test_a_question_that_arrives_late_does_not_stop_the_owner(world: Postg
         await is_whole(volume, 3)
 
 
+async def test_an_acquisition_that_arrives_late_does_not_end_the_one_that_followed_it(world: PostgresqlWorld) -> None:
+    async with far_volume(world) as (proxy, volume, owner):
+        proxy.plan(ACQUIRE, Fault.LATE)
+        taken = await acquire(volume, nonce="far")
+        assert taken.epoch == owner.epoch + 1
+        await proxy.let_go()
+        await volume.commit(taken, 2, batch(2))
+        await is_whole(volume, 2)
+
+
+async def test_a_format_that_arrives_late_does_not_undo_the_next_one(world: PostgresqlWorld) -> None:
+    async with far_volume(world) as (proxy, volume, owner):
+        proxy.plan("SET format", Fault.LATE)
+        with pytest.raises(StoreError):
+            await volume.put_format(owner, volume_format(capacity_bytes=1))
+        await volume.put_format(owner, volume_format(capacity_bytes=2))
+        await proxy.let_go()
+        other = await world.volume()
+        assert other.format == volume.format == volume_format(capacity_bytes=2)
+        await volume.commit(owner, 2, batch(2))
+
+
 @pytest.mark.parametrize("marker", [SETTLE, ACQUIRE, RENEW])
 @pytest.mark.parametrize("fault", CUTS, ids=str)
 async def test_what_may_be_done_twice_is_done_again_without_an_error(

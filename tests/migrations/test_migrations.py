@@ -8,7 +8,6 @@ import pytest
 
 from migrations import apply, load_migrations, split_statements
 
-
 DATABASES = ["sqlite", "postgresql"]
 
 

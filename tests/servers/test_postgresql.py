@@ -49,7 +49,7 @@ def test_a_paused_server_answers_when_it_goes_on(own_postgresql: PostgreSQL) -> 
 
 
 def test_the_role_comes_in_by_its_password_only(postgresql: PostgreSQL) -> None:
-    psql = [postgresql._programs / "psql", "-X", "-A", "-t", "-c", "SELECT current_user"]
+    psql: list[str | Path] = [postgresql._programs / "psql", "-X", "-A", "-t", "-c", "SELECT current_user"]
     good = subprocess.run([*psql, postgresql.url()], capture_output=True, text=True, timeout=30, check=True)
     assert good.stdout == f"{ROLE}\n"
     wrong = postgresql.url().replace(quote(PASSWORD, safe=""), "wrong")

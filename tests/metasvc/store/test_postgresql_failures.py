@@ -455,7 +455,7 @@ async def test_an_unexpected_exception_reaches_the_caller_and_the_next_call_work
     async with world.running():
         volume = await world.volume()
         with pytest.raises(AttributeError):
-            await volume.load({"inode": [(1,)]}, {})  # type: ignore[dict-item]
+            await volume.scan("inode", after=None, limit=1)  # type: ignore[arg-type]
         assert not (await volume.load({INODE: [(1,)]}, {})).rows.get(INODE)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import pwd
 import shutil
@@ -85,6 +86,7 @@ class PostgreSQL:
         user = _server_user() if os.geteuid() == 0 else None
         self._uid = user.pw_uid if user else None
         self._gid = user.pw_gid if user else None
+        self._schemas = itertools.count(1)
         self.port = 0
 
     def __enter__(self) -> Self:
@@ -189,6 +191,16 @@ class PostgreSQL:
             host=str(self.directory), port=self.port, user="postgres", database=database, timeout=30
         )
         return connection
+
+    async def new_schema(self) -> str:
+        """Make an empty schema that the role owns; its name, for ``url(search_path=…)``."""
+        name = f"schema_{next(self._schemas)}"
+        connection = await self.administrator()
+        try:
+            await connection.execute(f"CREATE SCHEMA {name} AUTHORIZATION {ROLE}")
+        finally:
+            await connection.close()
+        return name
 
     def sql(self, statement: str, *, database: str = DATABASE, timeout_s: float = 60.0) -> str:
         """Run a statement as a superuser; the rows as lines."""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from metasvc.store import Store
 from metasvc.store.memory import MemoryStore
+from metasvc.store.postgresql import PostgresqlStore
 from metasvc.store.sqlite import SqliteStore
-from tests.metasvc.store.postgresql_world import PostgresqlWorld
 from tests.servers.postgresql import PostgreSQL
 
 KINDS = ["memory", "sqlite", "postgresql"]
@@ -19,6 +19,6 @@ async def new_store_of(kind: str, directory: Path, server: PostgreSQL | None) ->
         return await SqliteStore.open(str(directory / "meta.db"), create=True)
     if kind == "postgresql":
         assert server is not None
-        return await PostgresqlWorld(server).open_store()
+        return await PostgresqlStore.open(server.url(search_path=await server.new_schema(), connections=4), create=True)
     assert kind == "memory"
     return MemoryStore()

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import Final
-
 import asyncpg
 
 from metasvc.store import Store
 from metasvc.store.postgresql import PostgresqlStore
 from tests.metasvc.store.contract import World
-from tests.servers.postgresql import ROLE, PostgreSQL
-
-_numbers: Final = itertools.count(1)
+from tests.servers.postgresql import PostgreSQL
 
 
 class PostgresqlWorld(World):
@@ -24,10 +19,9 @@ class PostgresqlWorld(World):
         """``port``: of a proxy before the server."""
         super().__init__()
         self.server = server
-        self.schema = f"world_{next(_numbers)}"
+        self.schema = ""
         self.connections = connections
         self.port = port
-        self._is_made = False
 
     @property
     def url(self) -> str:
@@ -36,9 +30,8 @@ class PostgresqlWorld(World):
 
     async def make(self) -> None:
         """Make the schema, without tables, unless it was made."""
-        if not self._is_made:
-            self._is_made = True
-            await self.sql(f"CREATE SCHEMA {self.schema} AUTHORIZATION {ROLE}")
+        if not self.schema:
+            self.schema = await self.server.new_schema()
 
     async def open_store(self) -> Store:
         await self.make()

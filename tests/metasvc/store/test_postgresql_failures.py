@@ -113,6 +113,7 @@ async def test_a_user_without_rights_is_told(world: PostgresqlWorld) -> None:
 
 
 async def test_a_database_of_another_encoding_is_refused(world: PostgresqlWorld) -> None:
+    await world.make()
     name = f"{world.schema}_latin"
     await world.sql(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING LATIN1 LOCALE 'C' OWNER {ROLE}")
     with pytest.raises(StoreError, match=r"encoding LATIN1: make a database with createdb --template template0"):

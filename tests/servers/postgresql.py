@@ -18,7 +18,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -111,8 +111,8 @@ class PostgreSQL:
 
     @contextmanager
     def standby(self) -> Iterator[PostgreSQL]:
-        """Run a standby of this server, named "standby", until the block ends; both run on when it is promoted."""
-        other = PostgreSQL(self._programs, settings=self._settings)
+        """Run a standby of this server, named "standby", until the block ends; it has what the server has."""
+        other = PostgreSQL(self._programs, settings={**self._settings, "wal_retrieve_retry_interval": "100ms"})
         other._make_directory()
         try:
             place = f"host={self.directory} port={self.port} user=postgres application_name=standby"
@@ -120,6 +120,7 @@ class PostgreSQL:
                 "pg_basebackup", "-D", str(other._data), "-R", "-X", "stream", "-c", "fast", "--no-sync", "-d", place
             )
             other.start()
+            self._wait_until(lambda: "streaming" in self.sql("SELECT state FROM pg_stat_replication"), "has a standby")
             yield other
         finally:
             other._end()
@@ -156,11 +157,7 @@ class PostgreSQL:
                 group=self._gid,
                 extra_groups=None if self._uid is None else [],
             )
-        deadline_s = time.monotonic() + _READY_S
-        while not self._is_ready():
-            if self._process.poll() is not None or time.monotonic() > deadline_s:
-                raise ChildProcessError(f"PostgreSQL did not start:\n{self.log()[-2000:]}")
-            time.sleep(_POLL_S)
+        self._wait_until(self._is_ready, "is ready")
 
     def stop(self) -> None:
         """Shut it down ("fast": connections are ended, what is under way is rolled back)."""
@@ -249,6 +246,13 @@ class PostgreSQL:
             extra_groups=None if self._uid is None else [],
         )
         assert done.returncode == 0, done.stderr
+
+    def _wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        deadline_s = time.monotonic() + _READY_S
+        while not condition():
+            if self._process is None or self._process.poll() is not None or time.monotonic() > deadline_s:
+                raise ChildProcessError(f"the end, and not: PostgreSQL {what}\n{self.log()[-2000:]}")
+            time.sleep(_POLL_S)
 
     def _is_ready(self) -> bool:
         """Look where pg_ctl looks."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import asyncpg
 
 from metasvc.store import Store
@@ -20,6 +22,7 @@ class PostgresqlWorld(World):
         super().__init__()
         self.server = server
         self.schema = ""
+        self._making = asyncio.Lock()
         self.connections = connections
         self.port = port
 
@@ -30,8 +33,9 @@ class PostgresqlWorld(World):
 
     async def make(self) -> None:
         """Make the schema, without tables, unless it was made."""
-        if not self.schema:
-            self.schema = await self.server.new_schema()
+        async with self._making:
+            if not self.schema:
+                self.schema = await self.server.new_schema()
 
     async def open_store(self) -> Store:
         await self.make()

@@ -5,7 +5,8 @@ schema is the next file. Files are plain statements that end with ``;``, without
 each file in one transaction and stores its number as the schema version in the same transaction, so that a file is
 applied wholly or not at all, once; it would do no harm twice. There is no way back: an older AtollFS refuses a newer schema.
 
-SQLite has no ``ALTER TABLE … ADD COLUMN IF NOT EXISTS``, which PostgreSQL has: ``apply`` gives it a meaning.
+SQLite has no ``ALTER TABLE … ADD COLUMN IF NOT EXISTS``, which PostgreSQL has: ``apply`` gives it a meaning. A file of
+PostgreSQL may have no ``;`` inside dollar quotes: it is SQLite that says where a statement ends.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Migration:
 
 
 def load_migrations(database: str) -> tuple[Migration, ...]:
-    """Return the migrations of a database ("sqlite") in order of their numbers, read from the installed package.
+    """Return the migrations of a database ("sqlite", "postgresql") in order of their numbers, read from the installed package.
 
     Raises ValueError if the numbers are not 1, 2, 3 … or a file is not made of complete statements.
     """

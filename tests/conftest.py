@@ -8,9 +8,12 @@ import os
 import random
 import secrets
 import signal
+from collections.abc import Awaitable
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.closing import close_all
 
 pytest_plugins = ["tests.servers.fixtures"]
 
@@ -52,5 +55,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None
     names = pyfuncitem._fixtureinfo.argnames
-    asyncio.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in names}))
+    asyncio.run(_run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in names})))
     return True
+
+
+async def _run(test: Awaitable[None]) -> None:
+    try:
+        await test
+    finally:
+        await close_all()

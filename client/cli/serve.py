@@ -25,7 +25,13 @@ _CONTAINER_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
 
 
 @click.command("serve")
-@click.option("--store", "store_url", metavar="URL", required=True, help="sqlite:///relative, sqlite:////absolute")
+@click.option(
+    "--store",
+    "store_url",
+    metavar="URL",
+    required=True,
+    help="sqlite:///relative, sqlite:////absolute, postgresql://user:password@host/database",
+)
 @click.option("--listen", metavar="HOST:PORT", help="Where to answer.")
 @click.option("--init", "is_init", is_flag=True, help="Prepare the store, print the admin token, and exit.")
 @click.option("--insecure", is_flag=True, help="Answer without encryption to other machines, too.")
@@ -65,6 +71,7 @@ def command(
     if memory_bytes is not None and memory_bytes < _LEAST_MEMORY_BYTES:
         raise click.UsageError("--memory is too little: give at least 1MiB")
     from metasvc.server.service import is_loopback
+    from metasvc.store.open import without_password
 
     if not is_loopback(host) and not insecure:
         raise click.UsageError(
@@ -74,7 +81,9 @@ def command(
     from client import logs
     from client.daemon import raise_limits
 
-    log = logs.configure(None, volume=store_url, log_format="json" if log_format == "json" else "text")
+    log = logs.configure(
+        None, volume=without_password(store_url), log_format="json" if log_format == "json" else "text"
+    )
     raise_limits()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(
@@ -109,7 +118,7 @@ async def _serve(
     from metasvc.server.service import Service
     from metasvc.server.tokens import Tokens
     from metasvc.server.volumes import Volumes
-    from metasvc.store.open import open_store
+    from metasvc.store.open import open_store, without_password
 
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -134,7 +143,7 @@ async def _serve(
             stack.push_async_callback(service.stop, grace_s=GRACE_S)
             opening = asyncio.create_task(volumes.open_all(), name="opening of all volumes")
             stack.callback(opening.cancel)
-            say(f"serving {store_url} at {listen.rpartition(':')[0]}:{port}, pid {os.getpid()}")
+            say(f"serving {without_password(store_url)} at {listen.rpartition(':')[0]}:{port}, pid {os.getpid()}")
             await stop.wait()
     finally:
         await store.close()

@@ -8,15 +8,22 @@ from __future__ import annotations
 from metasvc.errors import StoreError
 from metasvc.store import Store
 
-__all__ = ["open_store"]
+__all__ = ["open_store", "without_password"]
 
-_SCHEMES = "memory://, sqlite:///relative/path, sqlite:////absolute/path"
+_SCHEMES = "memory://, sqlite:///relative/path, sqlite:////absolute/path, postgresql://user:password@host/database"
+
+
+def without_password(url: str) -> str:
+    """Return the URL of a store for messages and logs: without user and password, whatever else is wrong with it."""
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else url
 
 
 async def open_store(url: str, *, create: bool = False) -> Store:
     """Open the database of a URL; with ``create`` make it if it is not there.
 
-    Schemes: ``memory://`` (a new and empty one each time), ``sqlite:///relative/path``, ``sqlite:////absolute/path``.
+    Schemes: ``memory://`` (a new and empty one each time), ``sqlite:///relative/path``, ``sqlite:////absolute/path``,
+    ``postgresql://`` or ``postgres://`` (metasvc.store.postgresql.address), where ``create`` makes tables, not the database.
     The schema is brought up to date. Raises StoreError for another scheme or an unusable database, VolumeMissing if
     there is no database and ``create`` is false, SchemaTooNew if a newer AtollFS wrote it.
     """
@@ -29,4 +36,8 @@ async def open_store(url: str, *, create: bool = False) -> Store:
         from metasvc.store.sqlite import SqliteStore
 
         return await SqliteStore.open(rest[1:], create=create)
-    raise StoreError(f"the store {url!r} is none that AtollFS knows: use one of {_SCHEMES}")
+    if scheme in {"postgresql", "postgres"} and separator:
+        from metasvc.store.postgresql import PostgresqlStore
+
+        return await PostgresqlStore.open(url, create=create)
+    raise StoreError(f"the store {without_password(url)!r} is none that AtollFS knows: use one of {_SCHEMES}")

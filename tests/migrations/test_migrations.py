@@ -8,14 +8,17 @@ import pytest
 
 from migrations import apply, load_migrations, split_statements
 
+DATABASES = ["sqlite", "postgresql"]
 
-def test_migrations_of_sqlite_are_numbered_from_one() -> None:
-    migrations = load_migrations("sqlite")
+
+@pytest.mark.parametrize("database", DATABASES)
+def test_migrations_are_numbered_from_one(database: str) -> None:
+    migrations = load_migrations(database)
     assert [migration.number for migration in migrations] == list(range(1, len(migrations) + 1))
     assert migrations[0].file_name == "0001_volume.sql"
 
 
-def test_migrations_may_be_applied_twice() -> None:
+def test_migrations_of_sqlite_may_be_applied_twice() -> None:
     connection = sqlite3.connect(":memory:", isolation_level=None)
     schemas = []
     for _ in range(2):
@@ -26,8 +29,9 @@ def test_migrations_may_be_applied_twice() -> None:
     connection.close()
 
 
-def test_migrations_leave_transactions_and_settings_to_the_driver() -> None:
-    for migration in load_migrations("sqlite"):
+@pytest.mark.parametrize("database", DATABASES)
+def test_migrations_leave_transactions_and_settings_to_the_driver(database: str) -> None:
+    for migration in load_migrations(database):
         for statement in migration.statements:
             code = [line for line in statement.splitlines() if line.strip() and not line.startswith("--")]
             assert code[0].split()[0] in {"CREATE", "ALTER", "DROP", "UPDATE", "INSERT", "DELETE"}

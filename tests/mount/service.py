@@ -28,11 +28,13 @@ class ServiceProcess:
     token: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     options: Sequence[str] = ()
+    store_url: str = ""
+    """Empty: a SQLite database in the directory."""
     _process: subprocess.Popen[bytes] | None = None
 
     @property
     def store(self) -> str:
-        return f"sqlite:///{self.directory}/service.db"
+        return self.store_url or f"sqlite:///{self.directory}/service.db"
 
     @property
     def log_path(self) -> Path:
@@ -91,10 +93,15 @@ class ServiceProcess:
 
 @contextlib.contextmanager
 def service(
-    directory: Path, *, options: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    directory: Path,
+    *,
+    options: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    store_url: str = "",
 ) -> Iterator[ServiceProcess]:
-    """Run a service with a store of its own under a directory."""
-    running = ServiceProcess(directory, free_ports(1)[0], environment=dict(environment or {}), options=options)
+    """Run a service with a store of its own, under a directory unless a URL is given."""
+    given = dict(environment or {})
+    running = ServiceProcess(directory, free_ports(1)[0], environment=given, options=options, store_url=store_url)
     running.prepare()
     try:
         running.start()

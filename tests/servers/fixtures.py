@@ -1,6 +1,6 @@
-"""Fixtures of the real servers: one S3 server for a run of pytest, a fresh bucket and a fault proxy for a test.
+"""Fixtures of the real servers: one S3 server and one PostgreSQL for a run of pytest, fresh buckets and fault proxies.
 
-A test that stops or damages the server takes `own_s3_server`; all others share `s3_server`.
+A test that stops or damages a server takes `own_s3_server`, `own_postgresql`; all others share `s3_server`, `postgresql`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 
 from tests.servers.buckets import Bucket
 from tests.servers.faults import FaultProxy
-from tests.servers.postgresql import postgresql_programs_for_all
+from tests.servers.postgresql import PostgreSQL, installed_programs, postgresql_programs_for_all
 from tests.servers.seaweedfs import SeaweedFS
 
 _numbers = itertools.count(1)
@@ -54,3 +54,24 @@ def postgresql_programs() -> Iterator[Path]:
     """Find PostgreSQL's programs: a directory that any user may enter. Nothing of it runs yet."""
     with postgresql_programs_for_all() as directory:
         yield directory
+
+
+@pytest.fixture(scope="session")
+def server_programs(request: pytest.FixtureRequest) -> Path:
+    """Find the programs of the version that the store is tested on."""
+    programs: Path = installed_programs() or request.getfixturevalue("postgresql_programs")
+    return programs
+
+
+@pytest.fixture(scope="session")
+def postgresql(server_programs: Path) -> Iterator[PostgreSQL]:
+    """Run PostgreSQL for the whole session (about 2 s to make and start)."""
+    with PostgreSQL(server_programs) as server:
+        yield server
+
+
+@pytest.fixture
+def own_postgresql(server_programs: Path) -> Iterator[PostgreSQL]:
+    """Run a PostgreSQL that the test may kill, pause and restart."""
+    with PostgreSQL(server_programs) as server:
+        yield server

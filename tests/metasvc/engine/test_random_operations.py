@@ -16,7 +16,7 @@ from metasvc.model import ROOT_INO, Ino, RenameFlags, SetAttr
 from metasvc.store import VolumeStore
 from metasvc.store.memory import MemoryStore
 from tests.metasvc.engine.reference import Node, Reference, Refused
-from tests.metasvc.engine.volumes import ROOT, Opened, format_volume, opened
+from tests.metasvc.engine.volumes import ROOT, Opened, format_volume, new_store, opened
 from tests.metasvc.store.faulty import Faults, FaultyStore
 
 Path = tuple[bytes, ...]
@@ -178,7 +178,7 @@ async def compare(volume: Opened, node: Node, ino: Ino) -> None:
 async def test_random_operations_leave_the_tree_the_reference_has(seed: int, trash_days: float) -> None:
     rand = random.Random(seed)
     faults = Faults(seed=seed, max_yields=4)
-    store = FaultyStore(MemoryStore(), faults)
+    store = FaultyStore(await new_store(), faults)
     volume_store = await format_volume(store, trash_days=trash_days)
     reference = Reference()
     memory_bytes = rand.choice([20_000, 200_000, 50_000_000])
@@ -194,7 +194,7 @@ async def test_random_operations_leave_the_tree_the_reference_has(seed: int, tra
 @pytest.mark.parametrize("seed", range(4))
 async def test_tasks_at_once_each_find_their_own_tree(seed: int) -> None:
     faults = Faults(seed=seed, max_yields=6)
-    volume_store = await format_volume(FaultyStore(MemoryStore(), faults))
+    volume_store = await format_volume(FaultyStore(await new_store(), faults))
     reference = Reference()
     async with opened(volume_store, memory_bytes=30_000) as volume:
 
@@ -267,7 +267,7 @@ async def _write_for_ever(
 async def test_commits_that_fail_or_only_seem_to_are_applied_once(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("metasvc.engine.committer.RETRY_FIRST_S", 0.0)
     faults = Faults(seed=seed, max_yields=2)
-    volume_store = await format_volume(FaultyStore(MemoryStore(), faults))
+    volume_store = await format_volume(FaultyStore(await new_store(), faults))
     reference = Reference()
     faults.chances(before=0.2, after=0.2)
     async with opened(volume_store) as volume:
@@ -280,7 +280,7 @@ async def test_commits_that_fail_or_only_seem_to_are_applied_once(seed: int, mon
 
 async def test_a_clone_of_a_tree_in_which_a_directory_moves_names_nothing_twice() -> None:
     faults = Faults()
-    async with opened(await format_volume(FaultyStore(MemoryStore(), faults))) as volume:
+    async with opened(await format_volume(FaultyStore(await new_store(), faults))) as volume:
         meta = volume.meta
         source = await meta.mkdir(ROOT, ROOT_INO, b"source", mode=0o755)
         moved = await meta.mkdir(ROOT, source.ino, b"moved", mode=0o755)

@@ -1,4 +1,4 @@
-"""Single rules of POSIX and of AtollFS, one test each, on the engine over the store in memory."""
+"""Single rules of POSIX and of AtollFS, one test each, on the engine over every store."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from metasvc.engine import acl
 from metasvc.engine.tx import Tx
 from metasvc.errors import FsError, OutOfSpace
 from metasvc.model import IN_TRASH, ROOT_INO, Caller, Commit, Counter, Ino, RenameFlags, SetAttr
-from metasvc.store.memory import MemoryStore
 from metasvc.store.tables import COUNTER, DENTRY, INODE
-from tests.metasvc.engine.volumes import ROOT, Opened, format_volume, opened
+from tests.metasvc.engine.volumes import ROOT, Opened, format_volume, new_store, opened
 
 USER = Caller(uid=1000, gid=1000, umask=0o022)
 DAY_NS = 24 * 3600 * 10**9
@@ -41,14 +40,14 @@ async def touch(volume: Opened, name: bytes, *, parent: Ino = ROOT_INO, content:
     [(b"x" * 256, E.ENAMETOOLONG), (b"", E.ENOENT), (b"a/b", E.EINVAL), (b"a\0b", E.EINVAL), (b".", E.EEXIST)],
 )
 async def test_names_that_cannot_be_are_refused(name: bytes, errno: int) -> None:
-    async with opened(await format_volume(MemoryStore())) as volume:
+    async with opened(await format_volume(await new_store())) as volume:
         with pytest.raises(FsError) as refusal:
             await volume.meta.mkdir(ROOT, ROOT_INO, name, mode=0o755)
         assert refusal.value.errno == errno
 
 
 async def test_create_opens_what_is_there_only_if_it_is_a_regular_file() -> None:
-    async with opened(await format_volume(MemoryStore())) as volume:
+    async with opened(await format_volume(await new_store())) as volume:
         meta = volume.meta
         file = await touch(volume, b"file")
         link = (await meta.symlink(ROOT, ROOT_INO, b"link", b"file")).ino
@@ -65,7 +64,7 @@ async def test_create_opens_what_is_there_only_if_it_is_a_regular_file() -> None
 
 
 async def test_umask_setgid_and_owner_of_a_new_inode() -> None:
-    async with opened(await format_volume(MemoryStore())) as volume:
+    async with opened(await format_volume(await new_store())) as volume:
         meta = volume.meta
         shared = await mkdir(volume, b"shared")
         await meta.setattr(ROOT, shared, SetAttr(mode=0o2775, gid=77))
@@ -83,7 +82,7 @@ async def test_default_acl_is_inherited_in_place_of_the_umask() -> None:
         acl.AclEntry(acl.MASK, 7, 0xFFFFFFFF),
         acl.AclEntry(acl.OTHER, 0, 0xFFFFFFFF),
     ]
-    async with opened(await format_volume(MemoryStore())) as volume:
+    async with opened(await format_volume(await new_store())) as volume:
         meta = volume.meta
         top = await mkdir(volume, b"d")
         await meta.setxattr(ROOT, top, acl.DEFAULT, acl.pack(entries), flags=0)
@@ -101,7 +100,7 @@ async def test_default_acl_is_inherited_in_place_of_the_umask() -> None:
 
 async def test_an_acl_that_says_no_more_than_the_mode_is_kept_as_mode() -> None:
     entries = [acl.AclEntry(tag, 4, 0xFFFFFFFF) for tag in (acl.USER_OBJ, acl.GROUP_OBJ, acl.OTHER)]
-    async with opened(await format_volume(MemoryStore())) as volume:
+    async with opened(await format_volume(await new_store())) as volume:
         ino = await touch(volume, b"f")
         await volume.meta.setxattr(ROOT, ino, acl.ACCESS, acl.pack(entries), flags=0)
         assert stat.S_IMODE((await volume.meta.getattr(ino)).mode) == 0o444
@@ -109,7 +108,7 @@ async def test_an_acl_that_says_no_more_than_the_mode_is_kept_as_mode() -> None:
 
 
 async def test_xattr_flags_limits_and_namespaces() -> None:
-    async with opened(await format_volume(MemoryStore())) as volume:
+    async with opened(await format_volume(await new_store())) as volume:
         meta = volume.meta
         ino = await touch(volume, b"f")
         await meta.setxattr(ROOT, ino, b"user.a", b"1", flags=1)
@@ -129,7 +128,7 @@ async def test_xattr_flags_limits_and_namespaces() -> None:
 
 
 async def test_setuid_goes_with_a_chown_and_with_a_write_by_a_user() -> None:
-    async with opened(await format_volume(MemoryStore())) as volume:
+    async with opened(await format_volume(await new_store())) as volume:
         meta = volume.meta
         ino = await touch(volume, b"f")
         await meta.setattr(ROOT, ino, SetAttr(mode=0o6755))
@@ -141,7 +140,7 @@ async def test_setuid_goes_with_a_chown_and_with_a_write_by_a_user() -> None:
 
 
 async def test_a_directory_removed_under_a_working_process_takes_no_names() -> None:
-    async with opened(await format_volume(MemoryStore())) as volume:
+    async with opened(await format_volume(await new_store())) as volume:
         meta = volume.meta
         ino = await mkdir(volume, b"d")
         await meta.open(ino)
@@ -154,7 +153,7 @@ async def test_a_directory_removed_under_a_working_process_takes_no_names() -> N
 
 
 async def test_what_a_killed_session_sustained_goes_with_the_next_opening() -> None:
-    store = MemoryStore()
+    store = await new_store()
     volume_store = await format_volume(store)
     async with opened(volume_store) as volume:
         killed = await volume.engine.begin_session(host="gone", pid=9, mountpoint="/gone")
@@ -170,7 +169,7 @@ async def test_what_a_killed_session_sustained_goes_with_the_next_opening() -> N
 
 
 async def test_slices_written_before_a_truncate_was_known_are_cut_at_its_length() -> None:
-    async with opened(await format_volume(MemoryStore())) as volume:
+    async with opened(await format_volume(await new_store())) as volume:
         ino = await touch(volume, b"f", content=b"a" * 100)
         epoch = (await volume.meta.getattr(ino)).size_epoch
         await volume.meta.setattr(ROOT, ino, SetAttr(size_bytes=10))
@@ -179,7 +178,7 @@ async def test_slices_written_before_a_truncate_was_known_are_cut_at_its_length(
 
 
 async def test_append_places_records_at_the_end_the_owner_knows() -> None:
-    async with opened(await format_volume(MemoryStore())) as volume:
+    async with opened(await format_volume(await new_store())) as volume:
         ino = await touch(volume, b"f", content=b"123")
         await volume.write(ino, 0, b"45", append=True)
         await volume.write(ino, 0, b"6", append=True)
@@ -187,7 +186,7 @@ async def test_append_places_records_at_the_end_the_owner_knows() -> None:
 
 
 async def test_a_rename_over_an_open_file_sustains_it() -> None:
-    async with opened(await format_volume(MemoryStore())) as volume:
+    async with opened(await format_volume(await new_store())) as volume:
         old, new = await touch(volume, b"old", content=b"old"), await touch(volume, b"new", content=b"new")
         await volume.meta.open(old)
         await volume.meta.rename(ROOT, ROOT_INO, b"new", ROOT_INO, b"old", flags=RenameFlags.NONE)
@@ -200,7 +199,7 @@ async def test_a_rename_over_an_open_file_sustains_it() -> None:
 
 
 async def test_a_full_volume_refuses_to_promise_room_and_gives_back_what_is_not_used() -> None:
-    async with opened(await format_volume(MemoryStore(), capacity_bytes=1 << 20)) as volume:
+    async with opened(await format_volume(await new_store(), capacity_bytes=1 << 20)) as volume:
         meta = volume.meta
         made = await meta.create(ROOT, ROOT_INO, b"f", mode=0o644, exclusive=True)
         granted = await meta.reserve(made.inode.ino, end=600_000)
@@ -219,7 +218,7 @@ async def test_a_full_volume_refuses_to_promise_room_and_gives_back_what_is_not_
 
 
 async def test_a_directory_quota_counts_its_tree_and_refuses_with_edquot() -> None:
-    async with opened(await format_volume(MemoryStore())) as volume:
+    async with opened(await format_volume(await new_store())) as volume:
         meta, admin = volume.meta, volume.admin
         top = await mkdir(volume, b"top")
         below = await mkdir(volume, b"below", parent=top)
@@ -249,7 +248,7 @@ async def test_a_directory_quota_counts_its_tree_and_refuses_with_edquot() -> No
 
 
 async def test_a_commit_without_promised_room_is_refused_when_there_is_none() -> None:
-    async with opened(await format_volume(MemoryStore(), capacity_bytes=8192)) as volume:
+    async with opened(await format_volume(await new_store(), capacity_bytes=8192)) as volume:
         ino = await touch(volume, b"f")
         with refused(E.ENOSPC):
             await volume.write(ino, 0, b"x" * 9000)
@@ -260,7 +259,7 @@ async def test_a_commit_without_promised_room_is_refused_when_there_is_none() ->
 
 
 async def test_a_removed_tree_comes_back_from_the_trash_with_its_directories() -> None:
-    async with opened(await format_volume(MemoryStore(), trash_days=1.0)) as volume:
+    async with opened(await format_volume(await new_store(), trash_days=1.0)) as volume:
         meta, admin = volume.meta, volume.admin
         top = await mkdir(volume, b"top")
         below = await mkdir(volume, b"below", parent=top)
@@ -279,7 +278,7 @@ async def test_a_removed_tree_comes_back_from_the_trash_with_its_directories() -
 
 
 async def test_expired_trash_is_gone_with_its_slices() -> None:
-    async with opened(await format_volume(MemoryStore(), trash_days=1.0)) as volume:
+    async with opened(await format_volume(await new_store(), trash_days=1.0)) as volume:
         ino = await touch(volume, b"f", content=b"x")
         await volume.meta.unlink(ROOT, ROOT_INO, b"f")
         assert (await volume.meta.getattr(ino)).parent == IN_TRASH
@@ -291,7 +290,7 @@ async def test_expired_trash_is_gone_with_its_slices() -> None:
 
 
 async def test_a_file_that_is_open_while_its_trash_expires_stays_until_it_is_closed() -> None:
-    async with opened(await format_volume(MemoryStore(), trash_days=1.0)) as volume:
+    async with opened(await format_volume(await new_store(), trash_days=1.0)) as volume:
         ino = await touch(volume, b"f", content=b"x")
         await volume.meta.open(ino)
         await volume.meta.unlink(ROOT, ROOT_INO, b"f")
@@ -305,7 +304,7 @@ async def test_a_file_that_is_open_while_its_trash_expires_stays_until_it_is_clo
 
 
 async def test_a_clone_shares_slices_and_lives_on_without_its_original() -> None:
-    async with opened(await format_volume(MemoryStore())) as volume:
+    async with opened(await format_volume(await new_store())) as volume:
         meta, admin = volume.meta, volume.admin
         top = await mkdir(volume, b"top")
         for number in range(120):
@@ -330,7 +329,7 @@ async def test_a_clone_shares_slices_and_lives_on_without_its_original() -> None
 
 
 async def test_a_clone_that_does_not_fit_leaves_nothing_behind() -> None:
-    async with opened(await format_volume(MemoryStore(), max_inodes=100)) as volume:
+    async with opened(await format_volume(await new_store(), max_inodes=100)) as volume:
         top = await mkdir(volume, b"top")
         for number in range(60):
             await touch(volume, b"f%d" % number, parent=top, content=b"x")
@@ -341,7 +340,7 @@ async def test_a_clone_that_does_not_fit_leaves_nothing_behind() -> None:
 
 
 async def test_fsck_finds_and_repairs_what_was_broken_by_hand() -> None:
-    store = await format_volume(MemoryStore())
+    store = await format_volume(await new_store())
     async with opened(store) as volume:
         ino = await touch(volume, b"f", content=b"x")
         top = await mkdir(volume, b"d")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from chunkstore.geometry import SliceId
@@ -14,6 +14,8 @@ from metasvc.engine.engine import DEFAULT_MEMORY_BYTES
 from metasvc.engine.memory_budget import MemoryBudget
 from metasvc.model import Caller, Commit, FileMap, Ino, Inode, SliceKind, SliceRef, VolumeFormat, WrittenSlice
 from metasvc.store import Store, VolumeStore
+from metasvc.store.memory import MemoryStore
+from tests.closing import close_at_end
 
 ROOT = Caller()
 
@@ -90,10 +92,22 @@ def fill(content: bytearray, part: FileMap) -> None:
         content[ref.offset : ref.end] = data[ref.slice_offset : ref.slice_offset + ref.length]
 
 
+async def _memory_store() -> Store:
+    return MemoryStore()
+
+
 class Way:
-    """How the volumes of a test are reached: directly, or over the wire (tests/metasvc/engine/conftest.py)."""
+    """How the volumes of a test are reached, and where they are kept (tests/metasvc/engine/conftest.py)."""
 
     over_the_wire = False
+    make_store: Callable[[], Awaitable[Store]] = staticmethod(_memory_store)
+
+
+async def new_store() -> Store:
+    """Return a new and empty store of the kind that the test runs on; it is closed when the test ends."""
+    store = await Way.make_store()
+    close_at_end(store.close)
+    return store
 
 
 @contextlib.asynccontextmanager

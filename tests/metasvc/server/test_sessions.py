@@ -22,19 +22,17 @@ from metasvc.errors import FsError
 from metasvc.model import ROOT_INO, Caller, Commit, Ino, RenameFlags, SliceKind, SliceRef, WrittenSlice
 from metasvc.server.session import MAX_OUTSTANDING
 from metasvc.store import Store
-from metasvc.store.memory import MemoryStore
-from metasvc.store.sqlite import SqliteStore
 from tests.metasvc.engine.volumes import volume_format
 from tests.metasvc.server.served import Client, Cutter, Served, connected, served
+from tests.metasvc.store.kinds import KINDS, new_store_of
+from tests.servers.postgresql import PostgreSQL
 
 ROOT = Caller()
 
 
 @asynccontextmanager
-async def stored(kind: str, directory: Path) -> AsyncIterator[Store]:
-    store: Store = (
-        MemoryStore() if kind == "memory" else await SqliteStore.open(str(directory / "meta.db"), create=True)
-    )
+async def stored(kind: str, directory: Path, server: PostgreSQL | None = None) -> AsyncIterator[Store]:
+    store = await new_store_of(kind, directory, server)
     form = volume_format()
     await store.create_volume(form, first_rows(form))
     try:
@@ -101,10 +99,12 @@ async def connected_again(*clients: Client, times: int) -> None:
                 await asyncio.sleep(0.005)
 
 
-@pytest.mark.parametrize("kind", ["memory", "sqlite"])
-async def test_connections_cut_at_random_lose_and_repeat_nothing(kind: str, tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+async def test_connections_cut_at_random_lose_and_repeat_nothing(
+    kind: str, tmp_path: Path, postgresql: PostgreSQL, seed: int
+) -> None:
     rand = random.Random(seed)
-    async with stored(kind, tmp_path) as store, served(store) as service, Cutter(service.port) as cutter:
+    async with stored(kind, tmp_path, postgresql) as store, served(store) as service, Cutter(service.port) as cutter:
         async with connected(service, port=cutter.port) as client:
             stop = asyncio.Event()
             work = [asyncio.create_task(change_until(stop, client, f"d{n}", random.Random(seed + n))) for n in range(4)]
@@ -119,11 +119,13 @@ async def test_connections_cut_at_random_lose_and_repeat_nothing(kind: str, tmp_
         assert (await service.volume()).sessions == {}
 
 
-@pytest.mark.parametrize("kind", ["memory", "sqlite"])
-async def test_restarts_of_the_service_lose_and_repeat_nothing(kind: str, tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+async def test_restarts_of_the_service_lose_and_repeat_nothing(
+    kind: str, tmp_path: Path, postgresql: PostgreSQL, seed: int
+) -> None:
     rand = random.Random(seed)
     async with (
-        stored(kind, tmp_path) as store,
+        stored(kind, tmp_path, postgresql) as store,
         served(store) as service,
         connected(service) as one,
         connected(service) as other,

@@ -90,6 +90,10 @@ class World(ABC):
         while self._stores:
             await self._stores.pop().close()
 
+    async def die(self) -> None:
+        """End all processes, and wait until nobody takes an owner among them for alive."""
+        await self.end_processes()
+
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[World]:
         """Close all stores in the end."""
@@ -752,7 +756,7 @@ async def compare_with_model(world: World, steps: list[Step], *, page: int) -> N
                 if step == "take over":
                     await world.lapse()
                 elif world.lasting:
-                    await world.end_processes()
+                    await world.die()
                 else:
                     continue
                 volume = await world.volume()

@@ -1,0 +1,28 @@
+"""The store in PostgreSQL: the contract, and what only a server can show."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.metasvc.store.contract import Step, StoreContract, compare_with_model, histories
+from tests.metasvc.store.postgresql_world import PostgresqlWorld
+from tests.servers.postgresql import PostgreSQL
+
+
+@pytest.fixture
+def world(postgresql: PostgreSQL) -> PostgresqlWorld:
+    return PostgresqlWorld(postgresql)
+
+
+class TestPostgresqlStore(StoreContract):
+    """The contract."""
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(steps=histories, page=st.integers(1, 9))
+def test_a_store_is_a_sorted_map_for_each_table(postgresql: PostgreSQL, steps: list[Step], page: int) -> None:
+    asyncio.run(compare_with_model(PostgresqlWorld(postgresql), steps, page=page))

@@ -52,6 +52,8 @@ START_BUDGET_S: Final = 10.0
 DRAIN_S: Final = 600.0
 """How long an ending mount tries to upload what is staged; then it stays staged for the next one."""
 WATCH_S: Final = 0.2
+_GC: Final = (5000, 10, 50)
+"""Python's collector looks at what is young ten times as seldom as by default, and at everything 40 times."""
 NOT_READY: Final = "holder-not-ready"
 
 
@@ -335,6 +337,7 @@ class MountProcess:
         # What was made so far lives as long as the process: collections need not look at it again.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*_GC)
         self._log.info("mounted", **self._opened()[1].describe())
         self._answered.set()
         self._ready()

@@ -323,8 +323,7 @@ class DirPage:
     """True if nothing follows the last entry."""
 
 
-@dataclass(frozen=True, slots=True)
-class FileMap:
+class FileMap(NamedTuple):
     """The chunk map of a range of a file, with the slices it names.
 
     ``refs`` have offsets in the file, are sorted and do not overlap. What no ref covers is a hole.
@@ -338,8 +337,7 @@ class FileMap:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class OpenFile:
+class OpenFile(NamedTuple):
     """Answer of open and create: all that the first read needs, in one trip."""
 
     inode: Inode

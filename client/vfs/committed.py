@@ -65,9 +65,12 @@ class CommittedMap:
             return False
         if loaded.map_version > self.version:
             self.reset(loaded.map_version)
-        overlay.cut(self.refs, loaded.start, loaded.end)
-        # Joined over the borders of chunks, so that a read needs few pieces.
-        overlay.overlay_all(self.refs, loaded.refs)
+        if self.refs or len(loaded.refs) != 1:
+            overlay.cut(self.refs, loaded.start, loaded.end)
+            # Joined over the borders of chunks, so that a read needs few pieces.
+            overlay.overlay_all(self.refs, loaded.refs)
+        else:
+            self.refs.append(loaded.refs[0])
         for slice_id, row in loaded.slices.items():
             self.sources[slice_id] = source_of(row)
         if loaded.end >= MAX_FILE_BYTES:

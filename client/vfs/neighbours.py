@@ -16,6 +16,10 @@ while what was fetched ahead is being read. What was fetched and not read is at 
 byte that is read adds one, and whatever lies unread for `PATIENCE_S` halves it. So reading at random in more than a cache holds
 wastes a little, and reading a tree or a directory, in any order, waits for few of its files.
 
+Who comes from a directory to the one behind it goes on so: when all of a directory was asked for and the budget has room, it is
+the turn of those behind it. So names, maps and packs of a directory are there before its first file is opened: a directory of
+500 files cost 10 ms in which nothing was read.
+
 Interleavings. Everything here is a hint: slices never change, and whoever opens a file reads its map anew; a file that was
 removed or written meanwhile costs a request in vain. One task (`_work`) fetches; reads only note what they want, and start it
 if it rests. `_unread` has a slice from the start of its fetch until it is read or given up.
@@ -60,6 +64,10 @@ _NAMES_MAX: Final = 50_000
 """So far a directory is listed to find what comes behind a file: 0.3 s of the owner's time."""
 _MAPS_AT_ONCE: Final = 32
 _DIRECTORIES_KEPT: Final = 16
+_DIRECTORIES_AHEAD: Final = 4
+_FILES_OF_NEXT: Final = 1024
+"""So many files at most are asked for of a directory that nobody reads yet."""
+_PAGES_ABOVE: Final = 5
 _PACKS_KEPT: Final = 256
 """1 GiB of packs: what was evicted meanwhile is fetched again by who reads it."""
 
@@ -76,7 +84,7 @@ class _Unread(NamedTuple):
 class _Directory:
     """The small files of a directory as far as it was listed, and which of them were asked for."""
 
-    __slots__ = ("after", "asked", "inos", "is_listed", "last_s", "left", "listed_s", "misses", "sizes")
+    __slots__ = ("above", "after", "asked", "inos", "is_listed", "last_s", "left", "listed_s", "misses", "sizes")
 
     def __init__(self) -> None:
         self.misses = 0
@@ -92,8 +100,15 @@ class _Directory:
         self.left = 0
         """How many of them were not asked for."""
         self.after: bytes | None = None
+        self.above: Ino | None = None
+        """The directory that it is in, once somebody wanted to know."""
         self.is_listed = False
         self.listed_s = now_s
+
+    @property
+    def asked_count(self) -> int:
+        """How many files were asked for."""
+        return len(self.asked) - self.left
 
     def has_more(self, now_s: float) -> bool:
         """Return whether there is something left to fetch, as far as is known."""
@@ -129,6 +144,23 @@ class _Directory:
         return found
 
 
+class _Beside:
+    """The directories of a directory, in order."""
+
+    def __init__(self, above: Ino | None, inos: list[Ino], listed_s: float) -> None:
+        self.above = above
+        self.listed_s = listed_s
+        self._inos = inos
+        self._positions = {ino: position for position, ino in enumerate(inos)}
+
+    def behind(self, before: Ino, now: Ino) -> list[Ino]:
+        """Return the directories that come next to who went from one to another: none, unless that is the one behind it."""
+        position = self._positions.get(now, 0)
+        if not position or self._inos[position - 1] != before:
+            return []
+        return self._inos[position + 1 : position + 1 + _DIRECTORIES_AHEAD]
+
+
 class Neighbours:
     """Fetch small files ahead of those who read directories of them. Close it before the chunk store."""
 
@@ -155,6 +187,9 @@ class Neighbours:
         """When something was last read that had been fetched ahead."""
         self._parent: Ino | None = None
         """The directory of which a file was read last."""
+        self._came_from: Ino | None = None
+        """The directory that was read before that one."""
+        self._beside = _Beside(None, [], -math.inf)
 
     async def close(self) -> None:
         """Stop fetching."""
@@ -164,8 +199,7 @@ class Neighbours:
 
     def read_at_once(self, file: Writing) -> None:
         """Note that the beginning of a file was read without waiting. 0.2 us where nothing was fetched ahead."""
-        parent, self._parent = self._parent, file.inode.parent
-        is_first = parent != self._parent and bool(self._parent)
+        is_first = self._arrives(file.inode.parent)
         info = _first_slice(file) if self._unread or is_first else None
         if info is None:
             return
@@ -181,6 +215,7 @@ class Neighbours:
         """Note that the beginning of a file has to be waited for."""
         if not file.inode.parent or file.size > LARGEST_BYTES or (info := _first_slice(file)) is None:
             return
+        self._arrives(file.inode.parent)
         if info.slice_id in self._unread:
             self._was_read(info.slice_id, file)
         elif not self._is_there(info, file.size):
@@ -190,6 +225,13 @@ class Neighbours:
             directory.last_s = now_s
             if directory.misses >= IN_A_ROW or now_s - self._read_s <= PAUSE_S:
                 self._want(file, now_s)
+
+    def _arrives(self, parent: Ino) -> bool:
+        """Take note of where a file is read; whether that is another directory than that of the one before."""
+        if not parent or parent == self._parent:
+            return False
+        self._came_from, self._parent = self._parent, parent
+        return True
 
     def _was_read(self, slice_id: SliceId, file: Writing) -> None:
         size_bytes = self._unread.pop(slice_id).size_bytes
@@ -213,7 +255,7 @@ class Neighbours:
     def _want(self, file: Writing, now_s: float) -> None:
         """Fetch what lies behind a file, if there is anything."""
         parent = file.inode.parent
-        if not self._directory(parent).has_more(now_s):
+        if not self._directory(parent).has_more(now_s) and self._came_from is None:
             return
         self._give_up_old(now_s)
         self._wanted[parent] = file.inode.ino
@@ -243,10 +285,39 @@ class Neighbours:
     async def _fetch_wanted(self) -> None:
         while self._wanted:
             parent = next(iter(self._wanted))
-            await self._fetch_behind(parent, self._wanted.pop(parent))
+            if await self._fetch_behind(parent, self._wanted.pop(parent)) and not self._wanted:
+                await self._go_on(parent)
 
-    async def _fetch_behind(self, parent: Ino, ino: Ino) -> None:
-        """Fetch from a directory until the budget is used up, or nothing is left."""
+    async def _go_on(self, parent: Ino) -> None:
+        """Fetch from the directories behind one, if its reader came there from the one before it."""
+        if self._came_from is None:
+            return
+        here = self._directory(parent)
+        if here.above is None:
+            here.above = (await self._meta.getattr(parent)).parent
+        above = here.above
+        now_s = self._clock.monotonic_s()
+        if self._beside.above != above or now_s - self._beside.listed_s > LISTED_S:
+            self._beside = _Beside(above, await self._subdirectories(above), now_s)
+        for other in self._beside.behind(self._came_from, parent):
+            directory = self._directory(other)
+            if not await self._fetch_from(other, directory, 0, most=_FILES_OF_NEXT) or self._wanted:
+                return
+
+    async def _subdirectories(self, ino: Ino) -> list[Ino]:
+        """Return the directories in a directory, in order, as far as its first thousands of entries."""
+        found: list[Ino] = []
+        after: bytes | None = None
+        for _ in range(_PAGES_ABOVE):
+            page = await self._meta.readdir(ino, after=after, limit=_PAGE_ENTRIES)
+            found += [entry.inode.ino for entry in page.entries if entry.inode.is_dir]
+            if page.end or not page.entries:
+                break
+            after = page.entries[-1].name
+        return found
+
+    async def _fetch_behind(self, parent: Ino, ino: Ino) -> bool:
+        """Fetch from a directory until the budget is used up (then False), or nothing is left."""
         directory = self._directory(parent)
         now_s = self._clock.monotonic_s()
         if now_s - directory.listed_s > LISTED_S:
@@ -257,16 +328,23 @@ class Neighbours:
         if position is not None and not directory.asked[position]:
             directory.asked[position] = 1
             directory.left -= 1
-        while True:
+        return await self._fetch_from(parent, directory, start, most=_NAMES_MAX)
+
+    async def _fetch_from(self, parent: Ino, directory: _Directory, start: int, *, most: int) -> bool:
+        """Fetch files of a directory from a position on until so many were asked for; False where the budget is used up."""
+        while directory.asked_count < most:
             room_bytes = self._budget_bytes - self._unread_bytes
             inos = directory.take(start, room_bytes, short_bytes=self._short_bytes) if room_bytes > 0 else []
             if inos:
                 if not await self._fetch(inos):
-                    return
-            elif directory.left or directory.is_listed:
-                return
+                    return False
+            elif directory.left:
+                return False
+            elif directory.is_listed:
+                return True
             else:
                 await self._list(parent, directory)
+        return True
 
     async def _list(self, parent: Ino, directory: _Directory) -> None:
         """Bring the next page of a directory."""
@@ -343,6 +421,10 @@ def _is_pack(info: SliceInfo, wanted_bytes: int) -> bool:
 
 def _pieces(found: FileMap) -> list[tuple[SliceInfo, int, int]]:
     """Return what of which slices in the bucket a file is made of, each slice once."""
+    if len(found.refs) == 1:
+        _, slice_id, skip, length = found.refs[0]
+        source = source_of(found.slices[slice_id])
+        return [(source, skip, skip + length)] if isinstance(source, SliceInfo) else []
     spans: dict[SliceId, tuple[int, int]] = {}
     for _, slice_id, skip, length in found.refs:
         start, end = spans.get(slice_id, (skip, skip + length))

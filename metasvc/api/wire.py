@@ -40,6 +40,8 @@ _REF: Final = struct.Struct("<QQII")
 # What `_make` does, without a call of Python for each: 0.3 us of 2.5 that a name of a listing takes here.
 _NEW_INODE: Final = partial(tuple.__new__, Inode)
 _NEW_ENTRY: Final = partial(tuple.__new__, Entry)
+_NEW_REF: Final = partial(tuple.__new__, SliceRef)
+_NEW_SLICE: Final = partial(tuple.__new__, Slice)
 
 
 # -- inodes ---------------------------------------------------------------------------------------------------------------
@@ -126,10 +128,7 @@ def pack_file_refs(refs: Iterable[SliceRef]) -> bytes:
 def unpack_file_refs(packed: bytes) -> list[SliceRef]:
     """Inverse of pack_file_refs(). StoreError for what is not made of whole refs."""
     try:
-        return [
-            SliceRef(offset, SliceId(slice_id), skip, length)
-            for offset, slice_id, skip, length in _REF.iter_unpack(packed)
-        ]
+        return list(map(_NEW_REF, _REF.iter_unpack(packed)))
     except struct.error as error:
         raise StoreError("a chunk map ends within a ref") from error
 
@@ -144,11 +143,11 @@ def put_map(found: FileMap, into: pb.FileMap) -> None:
 
 
 def map_of(message: pb.FileMap) -> FileMap:
-    """Read a chunk map."""
-    slices = {
-        SliceId(each.slice_id): Slice(SliceId(each.slice_id), each.length, each.refs, each.kind, each.data)
-        for each in message.slices
-    }
+    """Read a chunk map. 2 us for one slice."""
+    slices: dict[SliceId, Slice] = {}
+    for each in message.slices:
+        found = _NEW_SLICE((each.slice_id, each.length, each.refs, each.kind, each.data))
+        slices[found[0]] = found
     return FileMap(message.map_version, unpack_file_refs(message.refs), slices, message.start, message.end)
 
 

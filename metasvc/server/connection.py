@@ -33,6 +33,10 @@ KEEPALIVE_S: Final = 2.0
 HELLO_S: Final = 10.0
 """A stream that has not said Hello by then is closed."""
 QUEUE_BYTES: Final = 4 * 1024 * 1024
+WAIT_S: Final = 0.02
+"""Replies that nobody waits for wait so long for others to go with: by itself each wakes both processes, 80 us of a create."""
+_WAITING_MOST: Final = 64
+"""Well under what a client may have outstanding."""
 JOINED_BYTES: Final = 1024 * 1024
 """Replies are joined into one message up to about so much."""
 MAX_OPENS: Final = 1_000_000
@@ -56,6 +60,7 @@ class Connection:
         self._out: list[bytes] = []
         self._out_bytes = 0
         self._is_due = False
+        self._later: asyncio.TimerHandle | None = None
         self._is_paused = False
         self._ended: asyncio.Future[bool] = loop.create_future()
         """The client said goodbye, or `fail` what it raises."""
@@ -63,12 +68,17 @@ class Connection:
         self.messages_in = 0
         self.messages_out = 0
 
-    def send(self, message: bytes) -> None:
+    def send(self, message: bytes, *, may_wait: bool = False) -> None:
         self._out.append(message)
         self._out_bytes += len(message)
-        if not self._is_due:
+        if self._is_due:
+            return
+        loop = asyncio.get_running_loop()
+        if not may_wait or len(self._out) >= _WAITING_MOST:
             self._is_due = True
-            asyncio.get_running_loop().call_soon(self._flush)
+            loop.call_soon(self._flush)
+        elif self._later is None:
+            self._later = loop.call_later(WAIT_S, self._flush)
 
     def fail(self, error: AtollError) -> None:
         if not self._ended.done():
@@ -92,6 +102,8 @@ class Connection:
         finally:
             serving.cancel()
             await asyncio.gather(serving, return_exceptions=True)
+            if self._later is not None:
+                self._later.cancel()
 
     async def _serve(self, volume: Volume) -> None:
         first = await self._hello()
@@ -221,6 +233,9 @@ class Connection:
     def _flush(self) -> None:
         """Send what waits, as far as there is room, and take in nothing while too much is left."""
         self._is_due = False
+        if self._later is not None:
+            self._later.cancel()
+            self._later = None
         while self._out and not self._frames.is_congested:
             message = self._joined()
             self._out_bytes -= len(message)

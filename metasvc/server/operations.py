@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno as E
 import stat
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 from chunkstore.geometry import MAX_FILE_BYTES, block_count
@@ -170,7 +170,7 @@ def _put_maps(found: Any, into: pb.Reply) -> None:
 def _put_without_map(answer: OpenFile, into: pb.Reply) -> None:
     """Write an open file whose map the client has to read: it may be megabytes, and all kept replies are one row."""
     nothing = FileMap(answer.map.map_version, [], {}, 0, 0)
-    wire.put_open(replace(answer, map=nothing), into)
+    wire.put_open(answer._replace(map=nothing), into)
 
 
 def _put_copied_without_map(result: Any, into: pb.Reply) -> None:

@@ -54,8 +54,8 @@ class Misbehaved(Exception):
 class Outlet(Protocol):
     """Where the answers of a session go."""
 
-    def send(self, message: bytes) -> None:
-        """Send an encoded FromService when there is room. Never blocks."""
+    def send(self, message: bytes, *, may_wait: bool = False) -> None:
+        """Send an encoded FromService when there is room; one that ``may_wait`` with the next one. Never blocks."""
 
     def fail(self, error: AtollError) -> None:
         """End: the engine failed."""
@@ -214,7 +214,8 @@ class ServedSession(EngineSession):
             log.warning("request %d (%s) of session %d took %.1f s", number, name, self._session_id, duration_s)
         # Before the answer goes out: by it the client knows that it may ask for one more.
         self._running.pop(number, None)
-        self._send(answer)
+        # Nobody waits for the reply to a release: it opens the window for more, and goes out with the next reply.
+        self._send(answer, may_wait=name == "release")
 
     def _recorder(self, caller: Caller) -> Callable[[Any, Tx], Replies] | None:
         number = caller.request_id
@@ -248,9 +249,9 @@ class ServedSession(EngineSession):
             _failed(reply.number, AtollError("the answer is too large; files are compacted in the background"))
         )
 
-    def _send(self, message: bytes) -> None:
+    def _send(self, message: bytes, *, may_wait: bool = False) -> None:
         if self.outlet is not None:
-            self.outlet.send(message)
+            self.outlet.send(message, may_wait=may_wait)
 
 
 def _done(number: int, put: Callable[[Any, pb.Reply], None], result: Any) -> pb.Reply:

@@ -67,7 +67,7 @@ async def test_a_commit_whose_answer_was_lost_with_the_session_keeps_its_objects
         await vfs.write(handle.fh, 0, data)
         outlet = volume.sessions[mount.client.connection.session_id].outlet
         assert isinstance(outlet, Connection)
-        outlet.send = lambda message: None  # type: ignore[method-assign]
+        outlet.send = lambda message, *, may_wait=False: None  # type: ignore[method-assign]
         flushing = asyncio.create_task(vfs.fsync(handle.fh))
         async with asyncio.timeout(20):
             while (await volume.engine.run(lambda tx: tx.inode(handle.inode.ino))).size_bytes == 0:

@@ -204,6 +204,64 @@ async def test_the_next_directory_needs_one_file_only(tmp_path: Path) -> None:
         await until(lambda: volume.bucket.gets == 2 * len(names))
 
 
+async def test_who_takes_directories_in_order_finds_the_next_ones_there(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    directories, names = await make(place, directories=4, files=6)
+    async with place.opened(fresh_cache=True) as volume:
+        ahead = await ready(volume)
+        for name in names:
+            await read(volume, directories[0], name)
+            await rests(ahead)
+        assert volume.bucket.gets == 6, "it has not gone on to any other"
+        for name in names[:2]:
+            await read(volume, directories[1], name)
+            await rests(ahead)
+        assert volume.bucket.gets == 24, "it goes from one to the one behind it"
+        volume.bucket.gets_fail = True
+        for directory in directories:
+            for name in names:
+                assert await read(volume, directory, name) == content(name)
+        metrics = volume.vfs.metrics
+        assert metrics.neighbour_fetched_bytes == metrics.neighbour_read_bytes
+
+
+@pytest.mark.parametrize("order", [(3, 1), (0, 2), (2, 1)])
+async def test_who_takes_directories_in_another_order_gets_the_one_that_is_read(
+    tmp_path: Path, order: tuple[int, int]
+) -> None:
+    place = Place(tmp_path)
+    directories, names = await make(place, directories=4, files=6)
+    async with place.opened(fresh_cache=True) as volume:
+        ahead = await ready(volume)
+        for number in order:
+            for name in names:
+                assert await read(volume, directories[number], name) == content(name)
+                await rests(ahead)
+        assert volume.bucket.gets == 12
+
+
+async def test_of_a_directory_that_nobody_reads_yet_so_many_files_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbours, "_FILES_OF_NEXT", 4)
+    monkeypatch.setattr(neighbours, "_MAPS_AT_ONCE", 2)
+    monkeypatch.setattr(neighbours, "_DIRECTORIES_AHEAD", 2)
+    place = Place(tmp_path)
+    directories, names = await make(place, directories=5, files=10)
+    async with place.opened(fresh_cache=True) as volume:
+        ahead = await ready(volume)
+        for directory in directories[:2]:
+            for name in names:
+                assert await read(volume, directory, name) == content(name)
+                await rests(ahead)
+        assert volume.bucket.gets == 2 * 10 + 2 * 4
+        for directory in directories:
+            for name in names:
+                assert await read(volume, directory, name) == content(name)
+                await rests(ahead)
+        assert volume.bucket.gets == 50, "each object once"
+
+
 async def test_files_that_change_or_go_meanwhile_harm_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = Place(tmp_path)
     (directory,), names = await make(place)

@@ -41,6 +41,14 @@ async def stored(kind: str, directory: Path, server: PostgreSQL | None = None) -
         await store.close()
 
 
+@asynccontextmanager
+async def stored_in_memory() -> AsyncIterator[Store]:
+    store = MemoryStore()
+    form = volume_format()
+    await store.create_volume(form, first_rows(form))
+    yield store
+
+
 async def change_until(
     stop: asyncio.Event, client: Client, name: str, rand: random.Random
 ) -> tuple[dict[bytes, Ino], int]:
@@ -227,6 +235,46 @@ async def test_requests_wait_while_the_service_is_away_and_fail_when_their_time_
             while not client.connection.is_connected:
                 await asyncio.sleep(0.02)
         assert (await client.meta.getattr(ROOT_INO)).is_dir
+
+
+async def test_the_reply_to_a_release_goes_with_the_next_one_and_soon_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with stored_in_memory() as store, served(store) as service, connected(service) as client:
+        connection = client.connection
+
+        async def create_and_release(number: int) -> None:
+            made = await client.meta.create(ROOT, ROOT_INO, b"f%d" % number, mode=0o644, exclusive=True)
+            await client.meta.release(made.inode.ino)
+
+        await create_and_release(0)
+        await client.released()
+        with monkeypatch.context() as patch:
+            patch.setattr("metasvc.server.connection.WAIT_S", 3600.0)
+            before = connection.messages_received
+            for number in range(1, 21):
+                await create_and_release(number)
+            # Of twenty creates and nineteen releases; besides a sign of life, should it take seconds.
+            assert connection.messages_received - before < 20 + 5
+            await client.meta.getattr(ROOT_INO)
+        # The last one went out with something else, or was not heard yet.
+        await client.released()
+        await create_and_release(21)
+        await client.released()
+
+
+async def test_many_replies_to_releases_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metasvc.server.connection.WAIT_S", 3600.0)
+    async with stored_in_memory() as store, served(store) as service, connected(service) as client:
+        opened = [
+            await client.meta.create(ROOT, ROOT_INO, b"f%d" % number, mode=0o644, exclusive=True)
+            for number in range(MAX_OUTSTANDING)
+        ]
+        for each in opened:
+            await client.meta.release(each.inode.ino)
+        # The client may ask for more only when it has replies.
+        async with asyncio.timeout(30):
+            assert (await client.meta.mkdir(ROOT, ROOT_INO, b"d", mode=0o755)).is_dir
 
 
 async def test_an_open_whose_caller_has_gone_is_released() -> None:

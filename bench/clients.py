@@ -186,12 +186,13 @@ async def _worker(arguments: dict[str, Any]) -> Tally:
     """Run some clients in this process."""
     from client.meta.connection import SessionConnection
     from client.meta.endpoint import Endpoint
+    from metasvc.api.server import Server
     from client.meta.remote import RemoteMeta
     from metasvc.errors import FsError
     from metasvc.model import ROOT_INO, Caller
 
     host, _, port = arguments["address"].removeprefix("atoll://").partition(":")
-    endpoint = Endpoint(host, int(port), arguments["token"])
+    endpoint = Endpoint([Server(host, int(port))], arguments["token"])
     tally = Tally()
     async with AsyncExitStack() as stack:
         clients = []

@@ -186,8 +186,8 @@ async def _worker(arguments: dict[str, Any]) -> Tally:
     """Run some clients in this process."""
     from client.meta.connection import SessionConnection
     from client.meta.endpoint import Endpoint
-    from metasvc.api.server import Server
     from client.meta.remote import RemoteMeta
+    from metasvc.api.server import Server
     from metasvc.errors import FsError
     from metasvc.model import ROOT_INO, Caller
 

@@ -64,7 +64,8 @@ def command(
 ) -> None:
     """Serve the volumes of a store at HOST:PORT until SIGTERM, and do their background work. Logs go to stderr.
 
-    Several processes on one store share its volumes, and take over those of one that ends. The keys of the volumes' buckets come from the environment, as for a mount.
+    Several processes on one store share its volumes, and take over those of one that ends. The keys of the volumes' buckets come
+    from the environment, as for a mount.
     """
     import uvloop
 
@@ -197,7 +198,7 @@ class _Others:
 
 def _reachable(server: Server) -> Server:
     """Return where others reach this process, if nobody says: this machine by its name, where it listens on all addresses."""
-    is_any = server.host.strip("[]") in ("0.0.0.0", "::")  # noqa: S104 (compared, not bound)
+    is_any = server.host.strip("[]") in ("0.0.0.0", "::")
     return server._replace(host=socket.gethostname()) if is_any else server
 
 

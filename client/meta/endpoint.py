@@ -85,10 +85,11 @@ class Endpoint:
         The caller closes it, and says with `failed` or `sent_on` when that was the wrong one.
         """
         unreachable: list[AtollError] = []
-        for server in self._in_turn():
+        in_turn = self._in_turn()
+        for server in in_turn:
             self._asked = server
             try:
-                frames = await self._connect(server)
+                frames = await self._connect(server, CONNECT_S if len(in_turn) == 1 else CONNECT_ONE_S)
             except ServiceUnavailable as error:
                 unreachable.append(error)
                 if server == self._owner:
@@ -104,10 +105,10 @@ class Endpoint:
         known = self._servers[first:] + self._servers[:first]
         return list(dict.fromkeys(known if self._owner is None else (self._owner, *known)))
 
-    async def _connect(self, server: Server) -> Frames:
+    async def _connect(self, server: Server, timeout_s: float) -> Frames:
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(CONNECT_S if len(self._servers) == 1 else CONNECT_ONE_S):
+            async with asyncio.timeout(timeout_s):
                 _, frames = await loop.create_connection(
                     lambda: Frames(max_bytes=MAX_REPLY_BYTES, is_client=True), server.host.strip("[]"), server.port
                 )

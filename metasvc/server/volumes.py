@@ -6,7 +6,7 @@ store share its volumes. Must not know messages or streams.
 Several processes. Whoever is asked for a volume opens it, unless another process owns it: then the client is told which one.
 Every process looks for volumes that nobody owns, and so learns how many the others have. One that has fewer than another by two
 or more asks that one for half of what it has too many: those first that no client uses. A volume changes hands as at the
-end of a process: its clients are sent on, what they asked for is committed or is asked for again, and the ownership is given up.
+end of a process: its clients are sent on, what they asked for is committed or is asked for again, the ownership is given up.
 For `GIVEN_S` the former owner opens it for nobody, so that a client that is quicker does not bring it back. Fences do not
 depend on any of this: whoever owns a volume by the store's word may write it, and nobody else.
 

@@ -14,8 +14,8 @@ from chunkstore.geometry import SliceId
 from client.meta.connection import SENT_WINDOW
 from client.meta.endpoint import Endpoint, ServiceUnavailable
 from metasvc.api import atoll_pb2 as pb
-from metasvc.api.server import Server
 from metasvc.api.frames import EndedByService
+from metasvc.api.server import Server
 from metasvc.errors import FsError
 from metasvc.model import (
     ROOT_INO,

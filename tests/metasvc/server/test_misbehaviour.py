@@ -14,9 +14,9 @@ import pytest
 from client.meta.connection import SessionConnection
 from client.meta.endpoint import AccessRefused, Endpoint, ServiceRefused
 from metasvc.api import atoll_pb2 as pb
-from metasvc.api.server import Server
 from metasvc.api import frames as wire_frames
 from metasvc.api.frames import MAGIC, MAX_REQUEST_BYTES, EndedByService, Frames
+from metasvc.api.server import Server
 from metasvc.errors import FsError, VolumeMissing
 from metasvc.model import ROOT_INO, Caller, Commit, Ino
 from metasvc.server import connection as server_connection

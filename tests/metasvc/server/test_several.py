@@ -24,8 +24,6 @@ from tests.metasvc.server.served import Served
 from tests.servers.ports import free_ports
 
 
-
-
 @contextlib.asynccontextmanager
 async def processes(store: Store, count: int, **options: Any) -> AsyncIterator[list[Served]]:
     token = await prepare(store)

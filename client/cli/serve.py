@@ -64,8 +64,8 @@ def command(
 ) -> None:
     """Serve the volumes of a store at HOST:PORT until SIGTERM, and do their background work. Logs go to stderr.
 
-    Several processes on one store share its volumes, and take over those of one that ends. The keys of the volumes' buckets come
-    from the environment, as for a mount.
+    Several processes on one store share its volumes, and take over those of one that ends. The keys of the volumes' buckets
+    come from the environment, as for a mount.
     """
     import uvloop
 

@@ -187,11 +187,12 @@ async def _worker(arguments: dict[str, Any]) -> Tally:
     from client.meta.connection import SessionConnection
     from client.meta.endpoint import Endpoint
     from client.meta.remote import RemoteMeta
+    from metasvc.api.server import Server
     from metasvc.errors import FsError
     from metasvc.model import ROOT_INO, Caller
 
     host, _, port = arguments["address"].removeprefix("atoll://").partition(":")
-    endpoint = Endpoint(host, int(port), arguments["token"])
+    endpoint = Endpoint([Server(host, int(port))], arguments["token"])
     tally = Tally()
     async with AsyncExitStack() as stack:
         clients = []

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from chunkstore.errors import AtollError
+from metasvc.api.server import Server, parse_servers
 from metasvc.model import PATH_MAX_BYTES
 
 SERVICE_SCHEME: Final = "atoll://"
-_SERVICE_ADDRESS: Final = re.compile(
-    r"atoll://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5})/(?P<tenant>[^/:]+)/(?P<volume>[^/:]+)/?"
-)
+_SERVICE_ADDRESS: Final = re.compile(r"atoll://(?P<servers>[^/]+)/(?P<tenant>[^/:]+)/(?P<volume>[^/:]+)/?")
 META_DB: Final = "meta.db"
 OBJECTS: Final = "objects"
 
@@ -56,9 +55,8 @@ class EmbeddedAddress:
 class ServiceAddress:
     """A volume of a service."""
 
-    host: str
-    """A name or an IP address, IPv6 in brackets."""
-    port: int
+    servers: tuple[Server, ...]
+    """Its processes, or some of them: any of them knows which one owns the volume. At least one."""
     tenant: str
     volume: str
 
@@ -69,7 +67,7 @@ class ServiceAddress:
 
     def __str__(self) -> str:
         """Return the address as mounts show it (fsname) and users type it."""
-        return f"{SERVICE_SCHEME}{self.host}:{self.port}/{self.tenant}/{self.volume}"
+        return f"{SERVICE_SCHEME}{','.join(map(str, self.servers))}/{self.tenant}/{self.volume}"
 
 
 Address = EmbeddedAddress | ServiceAddress
@@ -123,9 +121,13 @@ def parse_address(text: str) -> Address:
 
 def _parse_service_address(text: str) -> ServiceAddress:
     match = _SERVICE_ADDRESS.fullmatch(text)
-    if match is None or not 0 < int(match["port"]) < 1 << 16:
-        raise AddressInvalid(f"{shown(text)} is no address of a volume: give atoll://HOST:PORT/TENANT/VOLUME")
-    return ServiceAddress(match["host"], int(match["port"]), match["tenant"], match["volume"])
+    servers = None if match is None else parse_servers(match["servers"])
+    if match is None or servers is None:
+        raise AddressInvalid(
+            f"{shown(text)} is no address of a volume: give atoll://HOST:PORT/TENANT/VOLUME, "
+            "or atoll://HOST:PORT,HOST:PORT/TENANT/VOLUME for a service of several processes"
+        )
+    return ServiceAddress(servers, match["tenant"], match["volume"])
 
 
 def parse_volume_path(text: str) -> VolumePath | None:

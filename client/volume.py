@@ -374,7 +374,7 @@ async def _open_service(
     from client.meta.connection import SessionConnection
     from client.meta.endpoint import Endpoint
 
-    endpoint = Endpoint(address.host, address.port, access.token)
+    endpoint = Endpoint(address.servers, access.token)
     connection = SessionConnection(
         endpoint,
         address.name,

@@ -470,6 +470,9 @@ class MetaStatus:
 
     format: VolumeFormat
     epoch: int
+    """Grows with each change of the owner."""
+    owner: str
+    """Where the owner is reached, atoll://HOST:PORT of a service; else what it is."""
     sessions: list[Session]
     statfs: StatFs
     trash_bytes: int

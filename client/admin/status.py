@@ -36,6 +36,7 @@ async def status(asked: Asked) -> JsonObject:
         "address": str(volume.address),
         "holder": None if mounting is None else mounting.describe(),
         "epoch": found.epoch,
+        "owner": found.owner,
         "format": format_json(found.format),
         "usage": {
             "used_bytes": found.statfs.used_bytes,

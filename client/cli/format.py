@@ -209,7 +209,7 @@ async def _make_at_service(
     from client.meta.endpoint import Endpoint
     from client.volume import read_token
 
-    endpoint = Endpoint(address.host, address.port, read_token(token_file, env=os.environ))
+    endpoint = Endpoint(address.servers, read_token(token_file, env=os.environ))
     await _prepare_bucket(address, volume_format.bucket_url, create=create_bucket)
     await create_volume(endpoint, volume_format, uid=os.geteuid(), gid=os.getegid(), mode=0o755)
 

@@ -157,7 +157,8 @@ def _log_name(volume: Address) -> str:
 
     if isinstance(volume, EmbeddedAddress):
         return asyncio.run(read_uuid(volume))
-    return f"{volume.host.strip('[]')}-{volume.port}-{volume.tenant}-{volume.volume}"
+    host, port = volume.servers[0]
+    return f"{host.strip('[]')}-{port}-{volume.tenant}-{volume.volume}"
 
 
 def _load_metadata(volume: EmbeddedAddress) -> None:

@@ -9,16 +9,22 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from client.cli.options import SIZE
 from client.cli.output import say
+from metasvc.api.server import Server, parse_server
+
+if TYPE_CHECKING:
+    from metasvc.server.tokens import Tokens
 
 GRACE_S: Final = 2.0
+_HAND_OVER_S: Final = 30.0
 _MEMORY_BYTES: Final = 1 << 30
 _LEAST_MEMORY_BYTES: Final = 1 << 20
 _CONTAINER_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
@@ -33,6 +39,11 @@ _CONTAINER_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
     help="sqlite:///relative, sqlite:////absolute, postgresql://user:password@host/database",
 )
 @click.option("--listen", metavar="HOST:PORT", help="Where to answer.")
+@click.option(
+    "--advertise",
+    metavar="HOST:PORT",
+    help="Where clients reach this process, as other processes tell them.  [--listen, or this machine's name for 0.0.0.0]",
+)
 @click.option("--init", "is_init", is_flag=True, help="Prepare the store, print the admin token, and exit.")
 @click.option("--insecure", is_flag=True, help="Answer without encryption to other machines, too.")
 @click.option("--metrics", metavar="HOST:PORT", help="Where to answer /metrics for Prometheus.  [nowhere]")
@@ -43,6 +54,7 @@ def command(
     store_url: str,
     *,
     listen: str | None,
+    advertise: str | None,
     is_init: bool,
     insecure: bool,
     metrics: str | None,
@@ -52,7 +64,8 @@ def command(
 ) -> None:
     """Serve the volumes of a store at HOST:PORT until SIGTERM, and do their background work. Logs go to stderr.
 
-    The keys of the volumes' buckets come from the environment, as for a mount.
+    Several processes on one store share its volumes, and take over those of one that ends. The keys of the volumes' buckets
+    come from the environment, as for a mount.
     """
     import uvloop
 
@@ -64,6 +77,8 @@ def command(
     host, separator, port = listen.rpartition(":")
     if not separator or not host or not port.isdigit() or int(port) >= 1 << 16:
         raise click.UsageError(f"--listen {listen} is no HOST:PORT: give for example 127.0.0.1:9410")
+    if advertise is not None and parse_server(advertise) is None:
+        raise click.UsageError(f"--advertise {advertise} is no HOST:PORT: give for example meta-1.example.net:9410")
     if metrics is not None:
         from client.metrics_server import parse_listen
 
@@ -90,6 +105,7 @@ def command(
             _serve(
                 store_url,
                 listen,
+                advertise=advertise,
                 metrics=metrics,
                 memory_bytes=_memory_bytes() if memory_bytes is None else memory_bytes,
                 cache_dir=cache_dir,
@@ -110,7 +126,14 @@ async def _prepare(store_url: str) -> str:
 
 
 async def _serve(
-    store_url: str, listen: str, *, metrics: str | None, memory_bytes: int, cache_dir: Path | None, log: Any
+    store_url: str,
+    listen: str,
+    *,
+    advertise: str | None,
+    metrics: str | None,
+    memory_bytes: int,
+    cache_dir: Path | None,
+    log: Any,
 ) -> None:
     from client.metrics_server import metrics_server
     from client.volume import default_cache_dir
@@ -129,7 +152,6 @@ async def _serve(
         jobs = ServedJobs(cache_dir=cache_dir or default_cache_dir(os.environ) / "serve", env=os.environ, log=log)
         volumes = Volumes(
             store,
-            address=f"the service at {listen}",
             memory_bytes=memory_bytes,
             objects_url=_objects_url(store_url),
             work=jobs.run,
@@ -139,14 +161,45 @@ async def _serve(
             if metrics is not None:
                 stack.enter_context(metrics_server(metrics, volumes.metrics.text))
             stack.push_async_callback(volumes.close)
-            port = await service.start(listen)
+            server = Server(listen.rpartition(":")[0], await service.start(listen))
             stack.push_async_callback(service.stop, grace_s=GRACE_S)
-            opening = asyncio.create_task(volumes.open_all(), name="opening of all volumes")
-            stack.callback(opening.cancel)
-            say(f"serving {without_password(store_url)} at {listen.rpartition(':')[0]}:{port}, pid {os.getpid()}")
+            known_as = parse_server(advertise or "") or _reachable(server)
+            volumes.serve_as(known_as)
+            others = _Others(tokens, known_as)
+            keeping = asyncio.create_task(volumes.keep_open(others.ask_for_some), name="volumes that nobody owns")
+            stack.callback(keeping.cancel)
+            known = "" if known_as == server else f", known as {known_as}"
+            say(f"serving {without_password(store_url)} at {server}{known}, pid {os.getpid()}")
             await stop.wait()
     finally:
         await store.close()
+
+
+class _Others:
+    """The other processes of the service, as far as this one asks them something."""
+
+    def __init__(self, tokens: Tokens, server: Server) -> None:
+        self._tokens = tokens
+        self._server = server
+
+    async def ask_for_some(self, other: Server, owned: int) -> list[str]:
+        """Ask a process to give up volumes for this one, which owns so many; their names. ServiceUnavailable."""
+        from client.meta.endpoint import Endpoint, ServiceUnavailable
+        from metasvc.api import atoll_pb2 as pb
+
+        request = pb.HandOverRequest(server=str(self._server), owned=owned).SerializeToString()
+        try:
+            async with asyncio.timeout(_HAND_OVER_S):
+                data = await Endpoint([other], self._tokens.for_this_process()).ask(pb.Opening.HAND_OVER, request)
+        except TimeoutError as error:
+            raise ServiceUnavailable(f"the process at {other} hands over nothing for {_HAND_OVER_S:.0f} s") from error
+        return list(pb.HandOverReply.FromString(data).volumes)
+
+
+def _reachable(server: Server) -> Server:
+    """Return where others reach this process, if nobody says: this machine by its name, where it listens on all addresses."""
+    is_any = server.host.strip("[]") in ("0.0.0.0", "::")
+    return server._replace(host=socket.gethostname()) if is_any else server
 
 
 def _memory_bytes() -> int:

@@ -42,6 +42,7 @@ def _lines(document: JsonObject) -> list[tuple[str, str]]:
             f"{trash['inodes']:,} inodes with {format_size(trash['used_bytes'])}, kept for {form['trash_days']:g} days",
         ),
         ("garbage", f"{document['garbage_slices']:,} slices"),
+        ("owner", f"{document['owner']}, epoch {document['epoch']}"),
     ]
     if holder is None:
         pairs.append(("holder", "none: the volume is not mounted"))

@@ -73,6 +73,7 @@ class RemoteAdmin:
         return MetaStatus(
             format=parse_format(found.format.json),
             epoch=found.epoch,
+            owner=found.owner,
             sessions=[wire.row_of(Session, each) for each in found.sessions],
             statfs=wire.row_of(StatFs, found.statfs),
             trash_bytes=found.trash_bytes,

@@ -391,18 +391,22 @@ class SessionConnection:
         try:
             while True:
                 began_s = time.monotonic()
+                is_sent_on = False
                 try:
                     await self._stand()
                     return
                 except (EndedByService, ConnectionLost, Stalled, NotOurs) as ended:
+                    is_sent_on = self._endpoint.sent_on(ended)
                     error = self._endpoint.error(ended)
                     if isinstance(ended, NotOurs) and self._opened.done():
                         # A proxy, or somebody who has the port meanwhile: the service was there, and may be again.
                         error = ServiceUnavailable(error.message)
                 except TimeoutError:
                     error = ServiceUnavailable(f"the service at {self._endpoint} says nothing")
+                    self._endpoint.failed()
                 except AtollError as told:
                     error = told
+                    self._endpoint.failed()
                 except Exception as unexpected:
                     log.exception("the session at %s failed unexpectedly", self._endpoint, exc_info=unexpected)
                     error = ServiceRefused(f"the session at {self._endpoint} failed unexpectedly: {unexpected!r}")
@@ -418,6 +422,8 @@ class SessionConnection:
                 elif not error.retryable:
                     self._refused(error)
                     return
+                if is_sent_on:
+                    continue
                 delay_s = FIRST_DELAY_S if time.monotonic() - began_s > MAX_DELAY_S else min(MAX_DELAY_S, delay_s * 2)
                 await asyncio.sleep(delay_s)
         finally:
@@ -505,6 +511,7 @@ class SessionConnection:
         hello.session_id, hello.secret = welcome.session_id, welcome.secret
         if is_new and self._opens:
             self._register_opens()
+        self._endpoint.let_in()
         self._away_since_s = None
         self._failure = None
         self._outgoing = [pending.request for pending in self._pending.values()]

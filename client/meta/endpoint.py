@@ -1,24 +1,34 @@
 """Where a service is, how it is reached, and what its refusals mean.
 
-Owns the one table from the reasons for which a service ends a connection to errors of ours.
+Owns the one table from the reasons for which a service ends a connection to errors of ours, and which process of a service is
+asked next.
+
+A service may have several processes. Each volume is owned by one of them at a time, and any of them says which one. A client
+knows some from its address. It goes where it was sent last, else to the one that it asked last, and to the next one
+when a process cannot be reached or wants nobody now: it may be ending, or be gone while the store still calls it the
+owner. Who is sent to and fro waits between (`sent_on`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Final
 
 from chunkstore.errors import AtollError
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api.frames import MAX_REPLY_BYTES, ConnectionLost, EndedByService, Frames, NotOurs, Stalled
+from metasvc.api.server import Server, owner_of
 from metasvc.errors import FsError, VolumeExists, VolumeMissing
 
 CONNECT_S: Final = 10.0
 """How long a connection may take to come about."""
+CONNECT_ONE_S: Final = 3.0
+"""Where there is another process to ask."""
+SENT_ON_MOST: Final = 2
+"""So often in a row a client goes at once where it is sent: an owner that is dead is named until its ownership has run out."""
 
 
 class ServiceUnavailable(AtollError):
@@ -50,34 +60,92 @@ class SessionEnded(AtollError):
     errno = errno.ESTALE
 
 
-@dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A service, and who asks it."""
+    """The processes of a service, and who asks them. For one volume, or for none."""
 
-    host: str
-    port: int
-    token: str
+    def __init__(self, servers: Sequence[Server], token: str) -> None:
+        """Take at least one process."""
+        self.token = token
+        self._servers = tuple(servers)
+        self._owner: Server | None = None
+        """Where this client was sent."""
+        self._asked = self._servers[0]
+        self._is_in = False
+        """It answered, and nothing went wrong since."""
+        self._sent_on = 0
+        """How often this client was sent on since it was let in."""
 
     def __str__(self) -> str:
-        """Return it as it stands in messages."""
-        return f"{self.host}:{self.port}"
+        """Return the process that was asked last, as it stands in messages."""
+        return str(self._asked)
 
     async def connect(self, method: pb.Opening.Method.ValueType, volume: str = "") -> Frames:
-        """Connect, and say what for; the service has not answered yet. ServiceUnavailable. The caller closes it."""
+        """Connect to the first process that can be reached, and say what for; it has not answered yet. ServiceUnavailable.
+
+        The caller closes it, and says with `failed` or `sent_on` when that was the wrong one.
+        """
+        unreachable: list[AtollError] = []
+        in_turn = self._in_turn()
+        for server in in_turn:
+            self._asked = server
+            try:
+                frames = await self._connect(server, CONNECT_S if len(in_turn) == 1 else CONNECT_ONE_S)
+            except ServiceUnavailable as error:
+                unreachable.append(error)
+                if server == self._owner:
+                    self._owner = None
+                continue
+            frames.greet()
+            frames.send(pb.Opening(method=method, token=self.token, volume=volume).SerializeToString())
+            return frames
+        raise unreachable[0] if len(unreachable) == 1 else ServiceUnavailable("; ".join(map(str, unreachable)))
+
+    def _in_turn(self) -> list[Server]:
+        first = self._servers.index(self._asked) if self._asked in self._servers else 0
+        known = self._servers[first:] + self._servers[:first]
+        return list(dict.fromkeys(known if self._owner is None else (self._owner, *known)))
+
+    async def _connect(self, server: Server, timeout_s: float) -> Frames:
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(CONNECT_S):
+            async with asyncio.timeout(timeout_s):
                 _, frames = await loop.create_connection(
-                    lambda: Frames(max_bytes=MAX_REPLY_BYTES, is_client=True), self.host.strip("[]"), self.port
+                    lambda: Frames(max_bytes=MAX_REPLY_BYTES, is_client=True), server.host.strip("[]"), server.port
                 )
         except TimeoutError as error:
-            raise ServiceUnavailable(f"the service at {self} does not answer") from error
+            raise ServiceUnavailable(f"the service at {server} does not answer") from error
         except (OSError, UnicodeError, OverflowError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or error
-            raise ServiceUnavailable(f"the service at {self} is not reachable: {reason}") from error
-        frames.greet()
-        frames.send(pb.Opening(method=method, token=self.token, volume=volume).SerializeToString())
+            raise ServiceUnavailable(f"the service at {server} is not reachable: {reason}") from error
         return frames
+
+    def sent_on(self, error: Exception) -> bool:
+        """Take note of how a connection ended, and where that sends this client; whether to go there at once."""
+        if isinstance(error, ConnectionLost) and self._is_in:
+            # The network's doing, or the end of the process: then it cannot be reached, and another one is asked.
+            self._is_in = False
+            return False
+        owner = owner_of(error.owner) if isinstance(error, EndedByService) else None
+        if owner is None or owner == self._asked:
+            self.failed()
+            return False
+        self._is_in = False
+        self._owner = owner
+        self._sent_on += 1
+        return self._sent_on <= SENT_ON_MOST
+
+    def failed(self) -> None:
+        """Ask another process the next time, if there is one: this one does not serve, and does not say who does."""
+        self._is_in = False
+        self._owner = None
+        position = self._servers.index(self._asked) + 1 if self._asked in self._servers else 0
+        self._asked = self._servers[position % len(self._servers)]
+
+    def let_in(self) -> None:
+        """Take note that the process that was asked is the right one."""
+        self._is_in = True
+        self._owner = self._asked
+        self._sent_on = 0
 
     async def ask(self, method: pb.Opening.Method.ValueType, request: bytes, *, volume: str = "") -> bytes:
         """Ask once and return the answer. One connection. Raises what `error` makes of a failure."""
@@ -89,19 +157,27 @@ class Endpoint:
     async def answers(
         self, method: pb.Opening.Method.ValueType, request: bytes, *, volume: str = ""
     ) -> AsyncGenerator[bytes, None]:
-        """Ask, and yield every answer. One connection. Raises what `error` makes of a failure."""
-        frames = await self.connect(method, volume)
-        try:
-            frames.send(request)
-            while True:
-                yield await frames.read()
-        except EndedByService as ended:
-            if ended.reason != pb.Ended.DONE:
-                raise self.error(ended) from ended
-        except (ConnectionLost, Stalled, NotOurs) as error:
-            raise self.error(error) from error
-        finally:
-            frames.close()
+        """Ask, and yield every answer. One connection to the right process. Raises what `error` makes of a failure."""
+        is_sent_on = True
+        while is_sent_on:
+            is_sent_on = False
+            frames = await self.connect(method, volume)
+            try:
+                frames.send(request)
+                while True:
+                    answer = await frames.read()
+                    self.let_in()
+                    yield answer
+            except EndedByService as ended:
+                if ended.reason != pb.Ended.DONE:
+                    is_sent_on = self.sent_on(ended)
+                    if not is_sent_on:
+                        raise self.error(ended) from ended
+            except (ConnectionLost, Stalled, NotOurs) as error:
+                self.failed()
+                raise self.error(error) from error
+            finally:
+                frames.close()
 
     def error(self, error: Exception) -> AtollError:
         """Return what the end of a connection means."""

@@ -37,6 +37,7 @@ class Opening(_message.Message):
       CHECK          CheckRequest, answered by every Problem as it is found.
       CREATE_VOLUME  CreateVolumeRequest, answered by VolumeFormat: make a volume with its first rows; its tenant too, if it lacks.
       LIST_VOLUMES   ListVolumesRequest, answered by ListVolumesReply.
+      HAND_OVER      HandOverRequest, from another process of the service, answered by HandOverReply.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -52,6 +53,7 @@ class Opening(_message.Message):
         CHECK: Opening._Method.ValueType  # 2
         CREATE_VOLUME: Opening._Method.ValueType  # 3
         LIST_VOLUMES: Opening._Method.ValueType  # 4
+        HAND_OVER: Opening._Method.ValueType  # 5
 
     class Method(_Method, metaclass=_MethodEnumTypeWrapper): ...
     SESSION: Opening.Method.ValueType  # 0
@@ -59,6 +61,7 @@ class Opening(_message.Message):
     CHECK: Opening.Method.ValueType  # 2
     CREATE_VOLUME: Opening.Method.ValueType  # 3
     LIST_VOLUMES: Opening.Method.ValueType  # 4
+    HAND_OVER: Opening.Method.ValueType  # 5
 
     METHOD_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
@@ -131,17 +134,21 @@ class Ended(_message.Message):
 
     REASON_FIELD_NUMBER: _builtins.int
     DETAILS_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     reason: Global___Ended.Reason.ValueType
     details: _builtins.str
+    owner: _builtins.str
+    """Which process owns the volume, as atoll://HOST:PORT: ask there. With AGAIN."""
     def __init__(
         self,
         *,
         reason: Global___Ended.Reason.ValueType = ...,
         details: _builtins.str = ...,
+        owner: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["details", b"details", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["details", b"details", "owner", b"owner", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2169,10 +2176,12 @@ class Status(_message.Message):
     TRASH_INODES_FIELD_NUMBER: _builtins.int
     GARBAGE_SLICES_FIELD_NUMBER: _builtins.int
     COUNTERS_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     trash_bytes: _builtins.int
     trash_inodes: _builtins.int
     garbage_slices: _builtins.int
+    owner: _builtins.str
     @_builtins.property
     def format(self) -> Global___VolumeFormat: ...
     @_builtins.property
@@ -2192,10 +2201,11 @@ class Status(_message.Message):
         trash_inodes: _builtins.int = ...,
         garbage_slices: _builtins.int = ...,
         counters: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        owner: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "statfs", b"statfs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "epoch", b"epoch", "format", b"format", "garbage_slices", b"garbage_slices", "sessions", b"sessions", "statfs", b"statfs", "trash_bytes", b"trash_bytes", "trash_inodes", b"trash_inodes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "epoch", b"epoch", "format", b"format", "garbage_slices", b"garbage_slices", "owner", b"owner", "sessions", b"sessions", "statfs", b"statfs", "trash_bytes", b"trash_bytes", "trash_inodes", b"trash_inodes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2529,3 +2539,51 @@ class ListVolumesReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListVolumesReply: _TypeAlias = ListVolumesReply  # noqa: Y015
+
+@_typing.final
+class HandOverRequest(_message.Message):
+    """A process that owns fewer volumes than another asks that one for some."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVER_FIELD_NUMBER: _builtins.int
+    OWNED_FIELD_NUMBER: _builtins.int
+    server: _builtins.str
+    """Where clients reach it, HOST:PORT."""
+    owned: _builtins.int
+    """How many volumes it owns."""
+    def __init__(
+        self,
+        *,
+        server: _builtins.str = ...,
+        owned: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["owned", b"owned", "server", b"server"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandOverRequest: _TypeAlias = HandOverRequest  # noqa: Y015
+
+@_typing.final
+class HandOverReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VOLUMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def volumes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """TENANT/NAME of those that nobody owns any more."""
+
+    def __init__(
+        self,
+        *,
+        volumes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["volumes", b"volumes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandOverReply: _TypeAlias = HandOverReply  # noqa: Y015

@@ -68,11 +68,12 @@ class NotOurs(AtollError):
 class EndedByService(Exception):
     """Carry the reason that the service gave."""
 
-    def __init__(self, reason: pb.Ended.Reason.ValueType, details: str) -> None:
+    def __init__(self, reason: pb.Ended.Reason.ValueType, details: str, owner: str = "") -> None:
         """Take what Ended says."""
         super().__init__(details)
         self.reason = reason
         self.details = details
+        self.owner = owner
 
 
 class Frames(asyncio.Protocol):
@@ -119,10 +120,10 @@ class Frames(asyncio.Protocol):
         """Send one message. Never blocks; nothing happens on a connection that has ended."""
         self._write(_HEADER.pack(len(message)) + message)
 
-    def end(self, reason: pb.Ended.Reason.ValueType, details: str) -> None:
-        """Say why, after what was sent, and close."""
+    def end(self, reason: pb.Ended.Reason.ValueType, details: str, *, owner: str = "") -> None:
+        """Say why, after what was sent, and close. ``owner``: who owns the volume instead (metasvc.api.server.owner_text)."""
         self.greet()
-        data = pb.Ended(reason=reason, details=details[:1000]).SerializeToString()
+        data = pb.Ended(reason=reason, details=details[:1000], owner=owner).SerializeToString()
         self._write(_HEADER.pack(len(data) | _ENDED) + data)
         self.close()
 
@@ -292,7 +293,7 @@ class Frames(asyncio.Protocol):
         except DecodeError:
             self._refuse("a damaged end")
             return
-        self._fail(EndedByService(ended.reason, ended.details))
+        self._fail(EndedByService(ended.reason, ended.details, ended.owner))
         self.close()
 
     def _refuse(self, what: str) -> None:

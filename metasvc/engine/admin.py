@@ -59,6 +59,7 @@ class EngineAdmin:
         return MetaStatus(
             format=engine.format,
             epoch=engine.owner.ownership.epoch,
+            owner=engine.owner.address,
             sessions=list(engine.sessions()),
             statfs=await self.statfs(ROOT_INO),
             trash_bytes=rule_counters[0],

@@ -27,10 +27,19 @@ class Owner:
     """Holds and renews the ownership of one volume."""
 
     def __init__(
-        self, store: VolumeStore, ownership: Ownership, *, sent_s: float, ttl_s: float, clock_s: Callable[[], float]
+        self,
+        store: VolumeStore,
+        ownership: Ownership,
+        *,
+        address: str,
+        sent_s: float,
+        ttl_s: float,
+        clock_s: Callable[[], float],
     ) -> None:
         self._store = store
         self.ownership = ownership
+        self.address = address
+        """As others see the owner."""
         self._ttl_s = ttl_s
         self._clock_s = clock_s
         self._ends_s = sent_s + ttl_s
@@ -42,7 +51,7 @@ class Owner:
         """Take the ownership. NotOwner while another holds it."""
         sent_s = clock_s()
         ownership = await store.acquire(nonce=secrets.token_hex(16), address=address, ttl_s=ttl_s)
-        return cls(store, ownership, sent_s=sent_s, ttl_s=ttl_s, clock_s=clock_s)
+        return cls(store, ownership, address=address, sent_s=sent_s, ttl_s=ttl_s, clock_s=clock_s)
 
     @property
     def remaining_s(self) -> float:

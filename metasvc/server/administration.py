@@ -48,6 +48,7 @@ async def _status(admin: MetaAdmin, _: Any) -> pb.AdminReply:
     status = pb.Status(
         format=pb.VolumeFormat(json=dump_format(found.format)),
         epoch=found.epoch,
+        owner=found.owner,
         trash_bytes=found.trash_bytes,
         trash_inodes=found.trash_inodes,
         garbage_slices=found.garbage_slices,

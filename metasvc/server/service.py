@@ -21,6 +21,7 @@ from chunkstore.errors import AtollError
 from chunkstore.geometry import is_block_size
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api.frames import MAX_OPENING_BYTES, MAX_REQUEST_BYTES, ConnectionLost, Frames, NotOurs, Stalled
+from metasvc.api.server import owner_of, parse_server
 from metasvc.api.volume_format import dump_format, parse_format
 from metasvc.engine import first_rows
 from metasvc.errors import FsError, NotOwner, StoreError, VolumeExists, VolumeMissing
@@ -56,6 +57,7 @@ class Service:
             pb.Opening.CHECK: self._check,
             pb.Opening.CREATE_VOLUME: self._unary(pb.CreateVolumeRequest, self._create_volume),
             pb.Opening.LIST_VOLUMES: self._unary(pb.ListVolumesRequest, self._list_volumes),
+            pb.Opening.HAND_OVER: self._unary(pb.HandOverRequest, self._hand_over),
         }
         self.connections: set[Connection] = set()
 
@@ -116,6 +118,8 @@ class Service:
         except (Silent, Misbehaved, Stalled, NotOurs, TokenRefused) as error:
             log.warning("client %s: %s: its connection is closed", frames.peer, error)
             frames.end(_reason(error), str(error))
+        except NotOwner as error:
+            frames.end(pb.Ended.AGAIN, error.message, owner=error.owner if owner_of(error.owner) else "")
         except AtollError as error:
             frames.end(_reason(error), error.message)
         except Exception as error:
@@ -216,6 +220,12 @@ class Service:
         wanted = [each for each in formats if not request.tenant or each.tenant == request.tenant]
         return pb.ListVolumesReply(formats=[pb.VolumeFormat(json=dump_format(each)) for each in wanted])
 
+    async def _hand_over(self, request: pb.HandOverRequest, _: pb.Opening) -> Message:
+        server = parse_server(request.server)
+        if server is None:
+            raise FsError(22, f"{request.server[:80]!r} is no HOST:PORT")
+        return pb.HandOverReply(volumes=await self._volumes.hand_over(server, request.owned))
+
     async def _volume(self, opening: pb.Opening) -> Volume:
         try:
             tenant, name = opening.volume.split("/")
@@ -270,7 +280,6 @@ _REASONS: Final[dict[type[Exception], pb.Ended.Reason.ValueType]] = {
     FsError: pb.Ended.INVALID,
     Misbehaved: pb.Ended.INVALID,
     NotOurs: pb.Ended.INVALID,
-    NotOwner: pb.Ended.AGAIN,
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import jwt
 
@@ -60,6 +60,11 @@ class Tokens:
             raise StoreError("the store is not prepared for a service: run `atoll serve --init --store URL` once")
         return cls(key)
 
+    def for_this_process(self) -> str:
+        """Return a token with which this process may ask the others of its service, for a minute."""
+        claims = {**_new_claims(), "admin": True, "exp": int(time.time()) + 60}
+        return jwt.encode(claims, self._key, algorithm=_ALGORITHM)
+
     def check(self, token: str) -> Identity:
         """Return whose token it is. TokenRefused."""
         try:
@@ -78,5 +83,8 @@ async def prepare(store: Store) -> str:
     key = secrets.token_bytes(32)
     if not await store.create_setting(TOKEN_KEY, key):
         raise AlreadyPrepared("the store is prepared already: its admin token was printed then and is not kept")
-    claims = {"iss": _ISSUER, "jti": secrets.token_hex(8), "iat": int(time.time()), "admin": True}
-    return jwt.encode(claims, key, algorithm=_ALGORITHM)
+    return jwt.encode({**_new_claims(), "admin": True}, key, algorithm=_ALGORITHM)
+
+
+def _new_claims() -> dict[str, Any]:
+    return {"iss": _ISSUER, "jti": secrets.token_hex(8), "iat": int(time.time())}

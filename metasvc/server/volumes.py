@@ -1,7 +1,14 @@
 """The volumes that this process owns, and the sessions of their clients.
 
-Owns opening a volume when it is first asked for, the life of sessions, and what happens after a restart. Must not know
-messages or streams.
+Owns opening a volume when it is first asked for, the life of sessions, what happens after a restart, and how processes on one
+store share its volumes. Must not know messages or streams.
+
+Several processes. Whoever is asked for a volume opens it, unless another process owns it: then the client is told which one.
+Every process looks for volumes that nobody owns, and so learns how many the others have. One that has fewer than another by two
+or more asks that one for half of what it has too many: those first that no client uses. A volume changes hands as at the
+end of a process: its clients are sent on, what they asked for is committed or is asked for again, the ownership is given up.
+For `GIVEN_S` the former owner opens it for nobody, so that a client that is quicker does not bring it back. Fences do not
+depend on any of this: whoever owns a volume by the store's word may write it, and nobody else.
 
 A session lives from Hello until goodbye, or until its client was not heard of for `expiry_s`. It does not need a connection:
 clients come back after breaks and restarts. A restarted service finds the sessions in the store and holds all changes back
@@ -16,19 +23,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import random
 import secrets
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from chunkstore.errors import AtollError
+from metasvc.api.server import Server, owner_of, owner_text
 from metasvc.engine import Engine, EngineAdmin
 from metasvc.engine.accounts import USED_BYTES, USED_INODES
 from metasvc.engine.engine import DEFAULT_MEMORY_BYTES
 from metasvc.engine.memory_budget import MemoryBudget
-from metasvc.errors import VolumeMissing
+from metasvc.errors import NotOwner, VolumeMissing
 from metasvc.model import Ino, SessionId, VolumeFormat
 from metasvc.server.metrics import ServiceMetrics
 from metasvc.server.session import ServedSession
@@ -42,6 +52,14 @@ EXPIRY_S: Final = 60.0
 RETURN_S: Final = 10.0
 """So long a restarted service waits for the clients of before until it changes anything."""
 _LOOK_S: Final = 1.0
+LOOK_S: Final = 5.0
+"""So often a process looks for volumes that nobody owns: their owner's process has ended, or they are new."""
+_LOOK_EACH_S: Final = 0.01
+GIVEN_S: Final = 5.0
+"""So long a volume that was handed over is left to whom it was handed."""
+_UNEVEN: Final = 2
+"""A process asks one that owns so many volumes more."""
+_HANDED_OVER_AT_ONCE: Final = 16
 
 if TYPE_CHECKING:
     from metasvc.jobs.schedule import JobState
@@ -50,6 +68,9 @@ T = TypeVar("T")
 
 Work = Callable[["Volume"], Coroutine[None, None, None]]
 """What is to be done for a volume while it is open."""
+
+AskForSome = Callable[[Server, int], Awaitable[Sequence[str]]]
+"""Ask a process for volumes, saying how many this one owns; the names (TENANT/NAME) of those that it gave up."""
 
 log = logging.getLogger(__name__)
 
@@ -296,14 +317,13 @@ class Volumes:
         self,
         store: Store,
         *,
-        address: str,
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
         expiry_s: float = EXPIRY_S,
         return_s: float = RETURN_S,
         objects_url: str = "",
         work: Work | None = None,
     ) -> None:
-        """``address`` is what other processes are told of the owner; ``objects_url`` where the default bucket lies.
+        """``objects_url`` is where the default bucket lies. Nothing is opened before `serve_as`.
 
         ``work`` is done for each volume while it is open. Their rows at hand share ``memory_bytes``.
         """
@@ -313,12 +333,18 @@ class Volumes:
         self.store = store
         self.expiry_s = expiry_s
         self._return_s = return_s
-        self._address = address
+        self._server: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
         self._memory = MemoryBudget(memory_bytes)
         self._open: dict[tuple[str, str], Volume] = {}
         self._opening: dict[tuple[str, str], asyncio.Lock] = {}
-        self._watches: set[asyncio.Task[None]] = set()
+        self._watches: dict[Volume, asyncio.Task[None]] = {}
+        self._given: dict[tuple[str, str], tuple[Server, float]] = {}
+        """To whom volumes were handed over, and until when they are left to it."""
         self._is_closing = False
+
+    def serve_as(self, server: Server) -> None:
+        """Say where clients reach this process, once: what other processes tell of the owner."""
+        self._server.set_result(server)
 
     def __iter__(self) -> Iterator[Volume]:
         """Return those that are open."""
@@ -327,12 +353,17 @@ class Volumes:
     async def get(self, tenant: str, name: str) -> Volume:
         """Return a volume, opened if it is not. VolumeMissing, NotOwner, StoreError."""
         key = tenant, name
+        server = await asyncio.shield(self._server)
         async with self._opening.setdefault(key, asyncio.Lock()):
             found = self._open.get(key)
             if found is not None and found.engine.failure is None:
                 return found
             if self._is_closing:
                 raise AtollError("the metadata service is ending", retryable=True)
+            given_to, until_s = self._given.get(key, (None, 0.0))
+            if given_to is not None and time.monotonic() < until_s:
+                raise NotOwner(owner_text(given_to), 0.0)
+            self._given.pop(key, None)
             try:
                 store = await self.store.open_volume(tenant, name)
             except VolumeMissing:
@@ -342,7 +373,7 @@ class Volumes:
             try:
                 volume = await Volume.open(
                     store,
-                    address=self._address,
+                    address=owner_text(server),
                     memory=self._memory,
                     expiry_s=self.expiry_s,
                     return_s=self._return_s,
@@ -355,18 +386,83 @@ class Volumes:
                 raise
             self._open[key] = volume
             watch = asyncio.create_task(self._watch(key, volume), name=f"failure of volume {volume.name}")
-            self._watches.add(watch)
-            watch.add_done_callback(self._watches.discard)
+            self._watches[volume] = watch
+            watch.add_done_callback(lambda _: self._watches.pop(volume, None))
             log.info("volume %s is open, epoch %d", volume.name, volume.engine.owner.ownership.epoch)
             return volume
 
-    async def open_all(self) -> None:
-        """Open every volume of the store, one after the other, so that its work is done although no client comes."""
-        for form in await self.store.list_volumes():
+    async def keep_open(self, ask_for_some: AskForSome) -> None:
+        """Open every volume that nobody owns, again and again, so that its work is done although no client comes.
+
+        ``ask_for_some`` asks another process to hand over volumes.
+        """
+        server = await asyncio.shield(self._server)
+        told: dict[tuple[str, str], str] = {}
+        while True:
+            owners: Counter[Server] = Counter()
+            volumes = 0
             try:
-                await self.get(form.tenant, form.name)
+                for form in await self.store.list_volumes():
+                    volumes += 1
+                    if (owner := await self._open_unowned((form.tenant, form.name), told)) is not None:
+                        owners[owner] += 1
+                await self._even_out(server, owners, ask_for_some)
             except AtollError as error:
-                log.warning("volume %s/%s cannot be opened: %s", form.tenant, form.name, error)
+                log.warning("volumes that nobody owns are looked for again later: %s", error)
+            # By turns with other processes rather than all at once; and a thousand volumes are not asked for every time.
+            await asyncio.sleep(random.uniform(0.5, 1.5) * max(LOOK_S, volumes * _LOOK_EACH_S))
+
+    async def _open_unowned(self, key: tuple[str, str], told: dict[tuple[str, str], str]) -> Server | None:
+        """Open a volume unless another process owns it; return that process, if clients can be sent there."""
+        found = self._open.get(key)
+        if found is not None and found.engine.failure is None:
+            return None
+        try:
+            await self.get(*key)
+        except NotOwner as error:
+            told.pop(key, None)
+            return owner_of(error.owner)
+        except VolumeMissing:
+            told.pop(key, None)
+        except AtollError as error:
+            if told.get(key) != str(error):
+                told[key] = str(error)
+                log.warning("volume %s/%s cannot be opened: %s", *key, error)
+        return None
+
+    async def _even_out(self, server: Server, owners: Counter[Server], ask_for_some: AskForSome) -> None:
+        owners.pop(server, None)  # it was restarted, and what it owned before has not run out
+        if not owners:
+            return
+        busiest, count = owners.most_common(1)[0]
+        owned = sum(volume.engine.failure is None for volume in self)
+        if count - owned < _UNEVEN:
+            return
+        for name in await ask_for_some(busiest, owned):
+            tenant, _, volume = name.partition("/")
+            await self._open_unowned((tenant, volume), {})
+
+    async def hand_over(self, server: Server, owned: int) -> list[str]:
+        """Give up some volumes for another process that owns so many, if that is fewer by two or more; their names.
+
+        Those first that no client uses. Their clients are sent there.
+        """
+        mine = [(key, volume) for key, volume in self._open.items() if volume.engine.failure is None]
+        mine.sort(key=lambda each: sum(session.outlet is not None for session in each[1].sessions.values()))
+        too_many = min(_HANDED_OVER_AT_ONCE, (len(mine) - owned) // _UNEVEN)
+        return [volume.name for key, volume in mine[: max(0, too_many)] if await self._give(key, volume, server)]
+
+    async def _give(self, key: tuple[str, str], volume: Volume, server: Server) -> bool:
+        async with self._opening[key]:
+            if self._open.get(key) is not volume or volume.engine.failure is not None or self._is_closing:
+                return False
+            del self._open[key]
+            if (watch := self._watches.pop(volume, None)) is not None:
+                watch.cancel()
+            self._given[key] = server, time.monotonic() + GIVEN_S
+            await _close_for(volume, NotOwner(owner_text(server), 0.0))
+        log.info("volume %s was handed over to %s", volume.name, server)
+        return True
 
     async def _watch(self, key: tuple[str, str], volume: Volume) -> None:
         await volume.engine.failed.wait()
@@ -376,21 +472,30 @@ class Volumes:
         async with self._opening[key]:
             if self._open.get(key) is volume:
                 del self._open[key]
-        for session in volume.sessions.values():
-            if session.outlet is not None:
-                session.outlet.fail(failure)
-        with suppress(AtollError):
-            await volume.close()
+        await _close_for(volume, failure)
 
     async def close(self) -> None:
         """Close all volumes."""
         self._is_closing = True
-        for watch in list(self._watches):
+        watches = list(self._watches.values())
+        for watch in watches:
             watch.cancel()
-        await asyncio.gather(*self._watches, return_exceptions=True)
+        await asyncio.gather(*watches, return_exceptions=True)
         for volume in list(self._open.values()):
             try:
                 await volume.close()
             except AtollError as error:
                 log.error("volume %s did not close: %s", volume.name, error)
         self._open.clear()
+
+
+async def _close_for(volume: Volume, reason: AtollError) -> None:
+    """Send the clients of a volume away and close it."""
+    for session in list(volume.sessions.values()):
+        if session.outlet is not None:
+            session.outlet.fail(reason)
+    try:
+        await volume.close()
+    except AtollError as error:
+        if volume.engine.failure is None:
+            log.error("volume %s did not close: %s", volume.name, error)

@@ -22,6 +22,7 @@ from client.address import (
     shown,
     split_path,
 )
+from metasvc.api.server import Server
 
 NAMES = st.binary(min_size=1, max_size=20).filter(lambda name: b"/" not in name and b"\0" not in name)
 
@@ -92,9 +93,23 @@ def test_what_is_no_address_is_refused_in_one_line_with_the_remedy(text: str) ->
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "meta-0.example.org"])
 def test_the_address_of_a_service_is_read_and_shown(host: str) -> None:
     text = f"atoll://{host}:7000/a-team/set_1.v2"
-    assert parse_address(text) == ServiceAddress(host, 7000, "a-team", "set_1.v2")
+    assert parse_address(text) == ServiceAddress((Server(host, 7000),), "a-team", "set_1.v2")
     assert str(parse_address(text)) == text
     assert parse_volume_path(f"{text}:/a/../b") == VolumePath(parse_address(text), b"/b")
+
+
+def test_a_service_of_several_processes_is_named_by_some_of_them() -> None:
+    text = "atoll://meta-1:7000,[::1]:7001,meta-1:7000/a-team/v"
+    address = parse_address(text)
+    assert address == ServiceAddress((Server("meta-1", 7000), Server("[::1]", 7001)), "a-team", "v")
+    assert str(address) == "atoll://meta-1:7000,[::1]:7001/a-team/v"
+    assert parse_volume_path(f"{text}:/x") == VolumePath(address, b"/x")
+
+
+@pytest.mark.parametrize("servers", ["", ",", "a:1,", "a:1,b", "a:1,b:0", "a:1,,b:2", "a:1 ,b:2"])
+def test_a_list_of_processes_with_something_else_in_it_is_refused(servers: str) -> None:
+    with pytest.raises(AddressInvalid):
+        parse_address(f"atoll://{servers}/tenant/v")
 
 
 @given(names=st.lists(NAMES, max_size=8))

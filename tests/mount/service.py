@@ -30,6 +30,8 @@ class ServiceProcess:
     options: Sequence[str] = ()
     store_url: str = ""
     """Empty: a SQLite database in the directory."""
+    ports: Sequence[int] = ()
+    """Of all processes of the service, where it has several."""
     _process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -41,7 +43,8 @@ class ServiceProcess:
         return self.directory / "serve.log"
 
     def address(self, volume: str = "data") -> str:
-        return f"atoll://{HOST}:{self.port}/{TENANT}/{volume}"
+        servers = ",".join(f"{HOST}:{port}" for port in self.ports or (self.port,))
+        return f"atoll://{servers}/{TENANT}/{volume}"
 
     def prepare(self) -> None:
         """Make the store and keep the admin token."""
@@ -108,6 +111,24 @@ def service(
         yield running
     finally:
         running.abandon()
+
+
+@contextlib.contextmanager
+def services(directory: Path, store_url: str, *, count: int) -> Iterator[list[ServiceProcess]]:
+    """Run several processes on one store; each knows the addresses of all."""
+    ports = free_ports(count)
+    processes = []
+    for number, port in enumerate(ports):
+        place = directory / f"service-{number}"
+        place.mkdir()
+        processes.append(ServiceProcess(place, port, store_url=store_url, ports=ports))
+    processes[0].prepare()
+    with contextlib.ExitStack() as stack:
+        for process in processes:
+            stack.callback(process.abandon)
+            process.token = processes[0].token
+            process.start()
+        yield processes
 
 
 @contextlib.contextmanager

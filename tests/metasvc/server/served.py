@@ -12,6 +12,7 @@ from client.meta.admin import RemoteAdmin
 from client.meta.connection import SessionConnection
 from client.meta.endpoint import Endpoint
 from client.meta.remote import RemoteMeta
+from metasvc.api.server import Server
 from metasvc.model import Ino, VolumeFormat
 from metasvc.server.service import Service
 from metasvc.server.tokens import Tokens, prepare
@@ -60,9 +61,10 @@ class Served:
     service: Service | None = None
 
     async def start(self) -> None:
-        self.volumes = Volumes(self.store, address="test", **self.options)
+        self.volumes = Volumes(self.store, **self.options)
         self.service = Service(self.volumes, await Tokens.load(self.store))
         self.port = await self.service.start(f"127.0.0.1:{self.port}")
+        self.volumes.serve_as(Server("127.0.0.1", self.port))
 
     async def stop(self) -> None:
         service, volumes, self.service, self.volumes = self.service, self.volumes, None, None
@@ -76,7 +78,7 @@ class Served:
         return await self.volumes.get(tenant, name)
 
     def endpoint(self, *, port: int | None = None) -> Endpoint:
-        return Endpoint("127.0.0.1", port or self.port, self.token)
+        return Endpoint([Server("127.0.0.1", port or self.port)], self.token)
 
 
 @contextlib.asynccontextmanager

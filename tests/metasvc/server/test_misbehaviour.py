@@ -16,6 +16,7 @@ from client.meta.endpoint import AccessRefused, Endpoint, ServiceRefused
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api import frames as wire_frames
 from metasvc.api.frames import MAGIC, MAX_REQUEST_BYTES, EndedByService, Frames
+from metasvc.api.server import Server
 from metasvc.errors import FsError, VolumeMissing
 from metasvc.model import ROOT_INO, Caller, Commit, Ino
 from metasvc.server import connection as server_connection
@@ -145,7 +146,7 @@ async def test_another_wire_version_is_told_to_upgrade() -> None:
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         connection = SessionConnection(
-            Endpoint("127.0.0.1", port, "t"), "a/b", host="h", pid=1, mountpoint="", timeout_s=5
+            Endpoint([Server("127.0.0.1", port)], "t"), "a/b", host="h", pid=1, mountpoint="", timeout_s=5
         )
         with pytest.raises(ServiceRefused, match="upgrade"):
             await connection.open(timeout_s=20)
@@ -193,7 +194,7 @@ async def test_who_reads_nothing_is_cut_off_and_costs_a_bounded_amount_of_memory
 @pytest.mark.parametrize("token", ["", "nonsense", "eyJhbGciOiJub25lIn0.eyJpc3MiOiJhdG9sbCIsImFkbWluIjp0cnVlfQ."])
 async def test_nobody_gets_in_without_the_token(token: str) -> None:
     async with running() as service:
-        endpoint = Endpoint("127.0.0.1", service.port, token)
+        endpoint = Endpoint([Server("127.0.0.1", service.port)], token)
         connection = SessionConnection(endpoint, service.name, host="h", pid=1, mountpoint="", timeout_s=5)
         with pytest.raises(AccessRefused):
             await connection.open(timeout_s=20)

@@ -313,7 +313,8 @@ class Volumes:
         self.store = store
         self.expiry_s = expiry_s
         self._return_s = return_s
-        self._address = address
+        self.address = address
+        """What other processes, and commands, are told of who has a volume."""
         self._memory = MemoryBudget(memory_bytes)
         self._open: dict[tuple[str, str], Volume] = {}
         self._opening: dict[tuple[str, str], asyncio.Lock] = {}
@@ -342,7 +343,7 @@ class Volumes:
             try:
                 volume = await Volume.open(
                     store,
-                    address=self._address,
+                    address=self.address,
                     memory=self._memory,
                     expiry_s=self.expiry_s,
                     return_s=self._return_s,

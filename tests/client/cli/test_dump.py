@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -133,3 +135,22 @@ def test_a_dump_replaces_an_older_one(volume: Path, tmp_path: Path) -> None:
     done("dump", volume, file)
     assert file.read_bytes().startswith(b"ATLD")
     assert sorted(os.listdir(tmp_path)) == ["dump", "vol"]
+
+
+def test_a_load_that_is_interrupted_leaves_nothing_though_its_pipe_says_nothing(volume: Path, tmp_path: Path) -> None:
+    file, draft = tmp_path / "dump", tmp_path / "copy.loading"
+    done("dump", volume, file)
+    before = picture(tmp_path)
+    with subprocess.Popen(
+        [ATOLL, "load", "-", tmp_path / "copy"], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as load:
+        assert load.stdin is not None
+        load.stdin.write(file.read_bytes()[:-10])
+        load.stdin.flush()
+        deadline = time.monotonic() + DEADLINE_S
+        while not (draft / "meta.db").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        load.send_signal(signal.SIGINT)
+        assert load.wait(DEADLINE_S) == 130
+    assert picture(tmp_path) == before

@@ -9,7 +9,9 @@
     └── Fenced                      this process was the owner and is no more (ESTALE): it must stop
     └── StoreError                  the store failed (EIO); the engine asks again while it owns the volume
         └── StoreRefused            it will never do it: the engine stops, nothing unacknowledged is answered
-    └── VolumeMissing, VolumeExists, SchemaTooNew
+    └── VolumeMissing               the address names no volume (ENOENT)
+        └── VolumeIncomplete        it was not loaded whole
+    └── VolumeExists, SchemaTooNew
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ __all__ = [
     "StoreError",
     "StoreRefused",
     "VolumeExists",
+    "VolumeIncomplete",
     "VolumeMissing",
 ]
 
@@ -93,6 +96,12 @@ class VolumeMissing(AtollError):
 
     code = "no-volume"
     errno = E.ENOENT
+
+
+class VolumeIncomplete(VolumeMissing):
+    """The address names a volume that is being loaded, or was not loaded whole."""
+
+    code = "volume-incomplete"
 
 
 class VolumeExists(AtollError):

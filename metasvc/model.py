@@ -439,6 +439,8 @@ class VolumeFormat:
     """0 = removed at once."""
     created_ns: int
     version: int = 1
+    loading: bool = False
+    """Being filled from a dump, or left by a load that did not come to its end: nobody opens it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,6 +452,17 @@ class Problem:
     ino: Ino
     text: str
     repairable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DumpPart:
+    """Some bytes of a dump, in order, and what they are: for progress."""
+
+    data: bytes
+    rows: int = 0
+    """Rows and keys in them."""
+    table: str = ""
+    """Which table is being read."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ OPERATIONS: Final = {
     "quota-list": Operation("client.admin.quota", "list_quotas"),
     "quota-remove": Operation("client.admin.quota", "remove_quota", repeatable=False),
     "clone": Operation("client.admin.clone", "clone", repeatable=False),
+    "dump": Operation("client.admin.dump", "dump", repeatable=False),
 }
 
 

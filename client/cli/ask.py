@@ -19,7 +19,7 @@ from typing import Final
 from client.address import Address, AddressInvalid, EmbeddedAddress, normalize, parse_address, parse_volume_path, shown
 from client.cli.progress import Shown, shown_progress
 from client.control.caller import HolderLost, RemoteError, call_holder
-from client.control.messages import JsonObject, Progress, Request, text_of
+from client.control.messages import Items, JsonObject, Progress, Request, text_of
 from client.holder import holder_directory
 from client.mounts import Place, place_of
 from metasvc.errors import NotOwner
@@ -95,9 +95,12 @@ def _place(text: str) -> Place | None:
     return place if place.mount.is_ours else None
 
 
-def ask(named: Named, name: str, params: JsonObject, *, command: str) -> JsonObject:
+def ask(
+    named: Named, name: str, params: JsonObject, *, command: str, take: Callable[[Items], None] | None = None
+) -> JsonObject:
     """Return the result of an operation on a volume. ``command`` is what others are told while this holds the volume.
 
+    ``take`` gets parts of the result as they come, in order, instead of their being collected; it may block.
     A volume of a service is asked at its mount if a path under one was given, else at the service. VolumeMissing; VolumeBusy
     after 10 s if another command has the volume; the operation's own errors.
     """
@@ -113,15 +116,22 @@ def ask(named: Named, name: str, params: JsonObject, *, command: str) -> JsonObj
         while True:
             answer = None
             if directory is not None:
-                answer = _ask_holder(directory, request, shown_to, deadline_s=deadline_s)
+                answer = _ask_holder(directory, request, shown_to, take=take, deadline_s=deadline_s)
             if answer is None:
-                answer = _ask_here(address, request, shown_to, command=command, deadline_s=deadline_s)
+                answer = _ask_here(address, request, shown_to, take=take, command=command, deadline_s=deadline_s)
             if answer is not None:
                 return answer
             time.sleep(POLL_S)
 
 
-def _ask_holder(directory: str, request: Request, shown_to: Shown, *, deadline_s: float) -> JsonObject | None:
+def _ask_holder(
+    directory: str,
+    request: Request,
+    shown_to: Shown,
+    *,
+    take: Callable[[Items], None] | None,
+    deadline_s: float,
+) -> JsonObject | None:
     """Return the holder's answer; None if there is no holder, or it is ending and may be waited for."""
     from client.admin.operations import OPERATIONS
 
@@ -130,7 +140,7 @@ def _ask_holder(directory: str, request: Request, shown_to: Shown, *, deadline_s
         if call is None:
             return None
         with call:
-            return call.run(request, show=shown_to.progress)
+            return call.run(request, show=shown_to.progress, take=take)
     except HolderLost:
         # It may have done what was asked, and its answer got lost: only what may be asked twice is.
         if not OPERATIONS[request.name].repeatable or time.monotonic() >= deadline_s:
@@ -142,7 +152,13 @@ def _ask_holder(directory: str, request: Request, shown_to: Shown, *, deadline_s
 
 
 def _ask_here(
-    address: Address, request: Request, shown_to: Shown, *, command: str, deadline_s: float
+    address: Address,
+    request: Request,
+    shown_to: Shown,
+    *,
+    take: Callable[[Items], None] | None,
+    command: str,
+    deadline_s: float,
 ) -> JsonObject | None:
     """Return the answer of the same operation in this process; None if somebody else has the volume now."""
     import asyncio
@@ -150,21 +166,23 @@ def _ask_here(
     from client.volume import busy
 
     try:
-        return asyncio.run(_operate(address, request, shown_to, command=command))
+        return asyncio.run(_operate(address, request, shown_to, take=take, command=command))
     except NotOwner as error:
         if time.monotonic() >= deadline_s:
             raise busy(error) from error
     return None
 
 
-async def _operate(address: Address, request: Request, shown_to: Shown, *, command: str) -> JsonObject:
+async def _operate(
+    address: Address, request: Request, shown_to: Shown, *, take: Callable[[Items], None] | None, command: str
+) -> JsonObject:
     from client.admin.operations import run_operation
     from client.cli.output import keep_quiet
     from client.control.endpoint import Peer
     from client.volume import open_volume
 
     keep_quiet()
-    report = LocalReport(shown_to.progress)
+    report = LocalReport(shown_to.progress, take)
     peer = Peer(os.getpid(), os.geteuid(), os.getegid())
     async with open_volume(address, owner=f"`atoll {command}`", env=os.environ) as volume:
         result = await run_operation(volume, request, peer, report)
@@ -174,15 +192,19 @@ async def _operate(address: Address, request: Request, shown_to: Shown, *, comma
 class LocalReport:
     """Collect what an operation in this process reports, as client.control.caller does with what comes from a holder."""
 
-    def __init__(self, show: Callable[[Progress], None]) -> None:
+    def __init__(self, show: Callable[[Progress], None], take: Callable[[Items], None] | None = None) -> None:
         self.parts: dict[str, list[object]] = {}
         self._show = show
+        self._take = take
 
     def progress(self, progress: Progress) -> None:
         self._show(progress)
 
-    async def items(self, items: object) -> None:
-        from client.control.messages import Items
+    async def items(self, items: Items) -> None:
+        if self._take is not None:
+            # It may wait for a disk or a pipe, and the volume must be kept meanwhile.
+            import asyncio
 
-        assert isinstance(items, Items)
+            await asyncio.to_thread(self._take, items)
+            return
         self.parts.setdefault(items.key, []).extend(items.rows)

@@ -20,18 +20,16 @@ from chunkstore.errors import AtollError
 from client.address import (
     META_DB,
     OBJECTS,
-    Address,
-    AddressInvalid,
     EmbeddedAddress,
     ServiceAddress,
     parse_address,
     shown,
     split_path,
 )
+from client.cli.new_volume import check_free, prepare_bucket, sync_directory
 from client.cli.options import COUNT, DAYS, SIZE, json_option
 from client.cli.output import echo_json, keep_quiet, limit
 from client.sizes import format_size
-from metasvc.errors import VolumeExists
 from metasvc.model import VolumeFormat
 
 
@@ -130,7 +128,7 @@ def command(
     if isinstance(where, ServiceAddress):
         asyncio.run(_make_at_service(where, volume_format, token_file=token_file, create_bucket=create_bucket))
     else:
-        _check_free(where)
+        check_free(where)
         asyncio.run(_make(where, volume_format, create_bucket=create_bucket))
     if as_json:
         from client.admin.status import format_json
@@ -147,27 +145,6 @@ def command(
         click.echo(f"every node that mounts the volume must reach the directory {shown(place)} under that path")
 
 
-def _check_free(address: EmbeddedAddress) -> None:
-    """Refuse an address where there is something. Changes nothing."""
-    where = shown(str(address))
-    if os.path.lexists(address.meta_db):
-        raise VolumeExists(f"there is a volume at {where} already: mount it, or choose another directory")
-    parent = os.path.dirname(address.directory)
-    if os.path.lexists(address.directory):
-        if not os.path.isdir(address.directory):
-            raise AddressInvalid(f"{where} is a file: give a directory that is absent or empty")
-        if os.listdir(address.directory):
-            raise AddressInvalid(f"{where} is not empty: give a directory that is absent or empty")
-        if os.path.ismount(address.directory):
-            raise AddressInvalid(f"{where} is a mount point: give a directory on it")
-    elif not os.path.isdir(parent):
-        raise AddressInvalid(
-            f"there is no directory {shown(parent)}: create it, or choose another place for the volume"
-        )
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise AddressInvalid(f"{shown(parent)} cannot be written: choose a place of yours, or run as root")
-
-
 async def _make(address: EmbeddedAddress, volume_format: VolumeFormat, *, create_bucket: bool) -> None:
     """Probe the bucket, build the volume beside its address, and move it there. On any error nothing is left."""
     from client.volume import DEFAULT_BUCKET
@@ -175,7 +152,7 @@ async def _make(address: EmbeddedAddress, volume_format: VolumeFormat, *, create
     from metasvc.store.open import open_store
 
     if volume_format.bucket_url != DEFAULT_BUCKET:
-        await _prepare_bucket(address, volume_format.bucket_url, create=create_bucket)
+        await prepare_bucket(address, volume_format.bucket_url, create=create_bucket)
     draft = f"{address.directory}.format-{secrets.token_hex(4)}"
     try:
         os.mkdir(draft, 0o700)
@@ -187,10 +164,10 @@ async def _make(address: EmbeddedAddress, volume_format: VolumeFormat, *, create
             await store.create_volume(volume_format, rows)
         finally:
             await store.close()
-        _sync_directory(draft)
+        sync_directory(draft)
         # Replaces an empty directory, and nothing else: ENOTEMPTY if somebody was quicker.
         os.rename(draft, address.directory)
-        _sync_directory(os.path.dirname(address.directory))
+        sync_directory(os.path.dirname(address.directory))
     except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
         if isinstance(error, OSError):
@@ -210,29 +187,5 @@ async def _make_at_service(
     from client.volume import read_token
 
     endpoint = Endpoint(address.servers, read_token(token_file, env=os.environ))
-    await _prepare_bucket(address, volume_format.bucket_url, create=create_bucket)
+    await prepare_bucket(address, volume_format.bucket_url, create=create_bucket)
     await create_volume(endpoint, volume_format, uid=os.geteuid(), gid=os.getegid(), mode=0o755)
-
-
-async def _prepare_bucket(address: Address, url: str, *, create: bool) -> None:
-    from chunkstore.buckets import Limits
-    from client.volume import open_volume_bucket
-
-    # A bad URL or missing keys are told before a bucket is made.
-    bucket = open_volume_bucket(address, url, env=os.environ, limits=Limits(attempt_timeout_s=5.0, budget_s=10.0))
-    try:
-        if create:
-            from chunkstore.buckets.create import create_bucket
-
-            await create_bucket(url, env=os.environ)
-        await bucket.probe()
-    finally:
-        await bucket.close()
-
-
-def _sync_directory(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

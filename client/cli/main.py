@@ -30,6 +30,8 @@ COMMANDS: Final = {
     "trash": "List, restore or empty what was removed.",
     "quota": "Limit directories, or the volume.",
     "clone": "Copy a file or tree without copying bytes.",
+    "dump": "Write the names and chunk maps of a volume to a file.",
+    "load": "Make a volume from a dump.",
 }
 """With what ``atoll --help`` says of each; the module client.cli.NAME has the command NAME."""
 

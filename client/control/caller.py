@@ -22,6 +22,7 @@ from client.control.messages import (
     JsonObject,
     Progress,
     RemoteError,
+    Reply,
     Request,
     Result,
     decode_reply,
@@ -69,10 +70,19 @@ class HolderCall:
         """Return the process id of the holder, as the kernel knows it."""
         return endpoint.peer(self._connection).pid
 
-    def run(self, request: Request, *, show: Callable[[Progress], None] | None = None) -> JsonObject:
-        """Send the request and return its result, parts joined. RemoteError if the holder answers one; HolderLost."""
+    def run(
+        self,
+        request: Request,
+        *,
+        show: Callable[[Progress], None] | None = None,
+        take: Callable[[Items], None] | None = None,
+    ) -> JsonObject:
+        """Send the request and return its result, parts joined. RemoteError if the holder answers one; HolderLost.
+
+        With ``take`` parts go there as they come, and are not joined. The holder waits while it has one, for up to 30 s.
+        """
         self.send(request)
-        return self.receive(show=show)
+        return self.receive(show=show, take=take)
 
     def send(self, request: Request) -> None:
         """Send the request. HolderLost if the holder takes it not."""
@@ -83,24 +93,29 @@ class HolderCall:
         except OSError as error:
             raise HolderLost("the holder of the volume takes no requests: try again") from error
 
-    def receive(self, *, show: Callable[[Progress], None] | None = None) -> JsonObject:
+    def receive(
+        self, *, show: Callable[[Progress], None] | None = None, take: Callable[[Items], None] | None = None
+    ) -> JsonObject:
         """Return the result of the request that was sent."""
         parts: dict[str, list[object]] = {}
+        while True:
+            reply = self._reply()
+            if isinstance(reply, Progress):
+                if show is not None and reply.text:
+                    show(reply)
+            elif isinstance(reply, Result):
+                return {**reply.value, **parts}
+            elif not isinstance(reply, Items):
+                raise reply
+            elif take is not None:
+                take(reply)
+            else:
+                parts.setdefault(reply.key, []).extend(reply.rows)
+
+    def _reply(self) -> Reply:
+        """Read one reply. HolderLost."""
         try:
-            while True:
-                line = self._file.readline(MAX_REPLY_BYTES + 1)
-                if not line:
-                    raise HolderLost("the holder of the volume ended before it answered: try again")
-                reply = decode_reply(line)
-                if isinstance(reply, Progress):
-                    if show is not None and reply.text:
-                        show(reply)
-                elif isinstance(reply, Items):
-                    parts.setdefault(reply.key, []).extend(reply.rows)
-                elif isinstance(reply, Result):
-                    return {**reply.value, **parts}
-                else:
-                    raise reply
+            line = self._file.readline(MAX_REPLY_BYTES + 1)
         except TimeoutError as error:
             raise HolderLost(
                 f"the holder of the volume (pid {self.holder_pid}) is silent: look at its log, or end it with kill"
@@ -109,6 +124,9 @@ class HolderCall:
             raise HolderLost(
                 f"the holder of the volume went away ({os.strerror(error.errno or 0)}): try again"
             ) from error
+        if not line:
+            raise HolderLost("the holder of the volume ended before it answered: try again")
+        return decode_reply(line)
 
 
 def call_holder(directory: str, *, silence_s: float = SILENCE_S) -> HolderCall | None:

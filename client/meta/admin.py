@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from metasvc.api import wire
 from metasvc.api.volume_format import dump_format, parse_format
 from metasvc.model import (
     Caller,
+    DumpPart,
     Garbage,
     Ino,
     Inode,
@@ -133,6 +134,15 @@ class RemoteAdmin:
                 if message.HasField("failure"):
                     raise wire.error_of(message.failure)
                 yield wire.row_of(Problem, message)
+
+    async def dump(self) -> AsyncGenerator[DumpPart, None]:
+        request = pb.DumpRequest().SerializeToString()
+        async with aclosing(self._endpoint.answers(pb.Opening.DUMP, request, volume=self._volume)) as answers:
+            async for data in answers:
+                message = pb.DumpPart.FromString(data)
+                if message.HasField("failure"):
+                    raise wire.error_of(message.failure)
+                yield wire.row_of(DumpPart, message)
 
     # -- for the jobs that touch objects ------------------------------------------------------------------------------
 

@@ -6,12 +6,13 @@ no lock and see a moving volume; what they promise is said at each.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Protocol
 
 from chunkstore.geometry import SliceId
 from metasvc.model import (
     Caller,
+    DumpPart,
     Garbage,
     Ino,
     Inode,
@@ -96,6 +97,14 @@ class MetaAdmin(Protocol):
         """
         ...
         yield  # type: ignore[misc]
+
+    def dump(self) -> AsyncGenerator[DumpPart, None]:
+        """Yield the bytes of a dump: all rows but those of live clients, as they were after one batch. Nobody is held back.
+
+        It is whole if it ends with a trailer, which metasvc.api.dump_stream.Unpacker tells. Close it (aclosing) if it is not
+        read to its end. DumpTooSlow if more changed than memory may take while parts waited to be taken: retryable.
+        """
+        ...
 
     # -- for the jobs that touch objects -------------------------------------------------------------
 

@@ -38,6 +38,9 @@ class Opening(_message.Message):
       CREATE_VOLUME  CreateVolumeRequest, answered by VolumeFormat: make a volume with its first rows; its tenant too, if it lacks.
       LIST_VOLUMES   ListVolumesRequest, answered by ListVolumesReply.
       HAND_OVER      HandOverRequest, from another process of the service, answered by HandOverReply.
+      DUMP           DumpRequest, answered by every DumpPart as it is made.
+      LOAD           LoadRequest, then LoadData until one says that it is the end; answered by LoadState after each commit, the
+                     last one with the format of the volume, which nobody can open before.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -53,7 +56,9 @@ class Opening(_message.Message):
         CHECK: Opening._Method.ValueType  # 2
         CREATE_VOLUME: Opening._Method.ValueType  # 3
         LIST_VOLUMES: Opening._Method.ValueType  # 4
-        HAND_OVER: Opening._Method.ValueType  # 5
+        DUMP: Opening._Method.ValueType  # 5
+        LOAD: Opening._Method.ValueType  # 6
+        HAND_OVER: Opening._Method.ValueType  # 7
 
     class Method(_Method, metaclass=_MethodEnumTypeWrapper): ...
     SESSION: Opening.Method.ValueType  # 0
@@ -61,7 +66,9 @@ class Opening(_message.Message):
     CHECK: Opening.Method.ValueType  # 2
     CREATE_VOLUME: Opening.Method.ValueType  # 3
     LIST_VOLUMES: Opening.Method.ValueType  # 4
-    HAND_OVER: Opening.Method.ValueType  # 5
+    DUMP: Opening.Method.ValueType  # 5
+    LOAD: Opening.Method.ValueType  # 6
+    HAND_OVER: Opening.Method.ValueType  # 7
 
     METHOD_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
@@ -2587,3 +2594,132 @@ class HandOverReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HandOverReply: _TypeAlias = HandOverReply  # noqa: Y015
+
+@_typing.final
+class DumpRequest(_message.Message):
+    """---- dumps ----"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DumpRequest: _TypeAlias = DumpRequest  # noqa: Y015
+
+@_typing.final
+class DumpPart(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FAILURE_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    TABLE_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """The next bytes of the dump (docs/format.md)."""
+    rows: _builtins.int
+    """How many rows and keys they hold, and of which table they are, for progress."""
+    table: _builtins.str
+    @_builtins.property
+    def failure(self) -> Global___Failure:
+        """Set in the last message if the dump failed; nothing else is set then."""
+
+    def __init__(
+        self,
+        *,
+        failure: Global___Failure | None = ...,
+        data: _builtins.bytes = ...,
+        rows: _builtins.int = ...,
+        table: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "failure", b"failure", "rows", b"rows", "table", b"table"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DumpPart: _TypeAlias = DumpPart  # noqa: Y015
+
+@_typing.final
+class LoadRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUCKET_URL_FIELD_NUMBER: _builtins.int
+    bucket_url: _builtins.str
+    """Where the objects of the volume are now; empty: where the dump says."""
+    def __init__(
+        self,
+        *,
+        bucket_url: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_url", b"bucket_url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadRequest: _TypeAlias = LoadRequest  # noqa: Y015
+
+@_typing.final
+class LoadData(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """The next bytes of the dump, any number. A message without is a sign of life."""
+    end: _builtins.bool
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+        end: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "end", b"end"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadData: _TypeAlias = LoadData  # noqa: Y015
+
+@_typing.final
+class LoadState(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FAILURE_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    TAKEN_BYTES_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    """Rows and keys that are durable."""
+    taken_bytes: _builtins.int
+    """Bytes of LoadData that they came with."""
+    @_builtins.property
+    def failure(self) -> Global___Failure:
+        """Set in the last message if the load failed; nothing else is set then."""
+
+    @_builtins.property
+    def format(self) -> Global___VolumeFormat:
+        """In the last message if all went well."""
+
+    def __init__(
+        self,
+        *,
+        failure: Global___Failure | None = ...,
+        rows: _builtins.int = ...,
+        taken_bytes: _builtins.int = ...,
+        format: Global___VolumeFormat | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "format", b"format"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "format", b"format", "rows", b"rows", "taken_bytes", b"taken_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadState: _TypeAlias = LoadState  # noqa: Y015

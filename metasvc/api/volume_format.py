@@ -19,12 +19,18 @@ FORMAT_VERSION: Final = 1
 _FIELDS: Final = {field.name: field for field in dataclasses.fields(VolumeFormat)}
 # Fields without a default were there from version 1 on; later ones have one, so that older text still parses.
 _REQUIRED: Final = {name for name, field in _FIELDS.items() if field.default is dataclasses.MISSING}
-_TYPES: Final[dict[str, type | tuple[type, ...]]] = {"str": str, "int": int, "float": (int, float)}
+_TYPES: Final[dict[str, type | tuple[type, ...]]] = {"str": str, "int": int, "float": (int, float), "bool": bool}
+_ONLY_IF_SET: Final = frozenset({"loading"})
+"""Fields that are left out while they have their default: a version that does not know them reads all volumes but those."""
 
 
 def dump_format(volume_format: VolumeFormat) -> str:
     """Return the JSON object of a format: one key for each field of VolumeFormat, sorted."""
-    return json.dumps(dataclasses.asdict(volume_format), sort_keys=True, ensure_ascii=False)
+    values = dataclasses.asdict(volume_format)
+    for name in _ONLY_IF_SET:
+        if not values[name]:
+            del values[name]
+    return json.dumps(values, sort_keys=True, ensure_ascii=False)
 
 
 def parse_format(text: str) -> VolumeFormat:
@@ -65,4 +71,4 @@ def check_same_volume(stored: VolumeFormat, replacement: VolumeFormat) -> None:
 def _fits(name: str, value: object) -> bool:
     # Field types are text here because of `from __future__ import annotations` in the model.
     expected = _TYPES.get(str(_FIELDS[name].type))
-    return expected is None or (isinstance(value, expected) and not isinstance(value, bool))
+    return expected is None or (isinstance(value, expected) and (expected is bool or not isinstance(value, bool)))

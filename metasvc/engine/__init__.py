@@ -2,7 +2,7 @@
 
 Reading order: memory, tx (how an operation sees rows); accounts, chunkmap, acl, dentries, content, trash,
 namespace, attributes (the rules); owner, committer, engine (how rules are run); session, listing (MetaClient);
-check, trees, admin (MetaAdmin); packing, audit (what background jobs ask for).
+check, trees, dump, admin (MetaAdmin); packing, audit (what background jobs ask for); load (a volume out of a dump).
 """
 
 from metasvc.engine.admin import EngineAdmin

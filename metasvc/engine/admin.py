@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno as E
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import replace
 
 from chunkstore.geometry import SliceId
 from metasvc.engine import accounts, chunkmap, content, trash, trees
 from metasvc.engine.check import Check
+from metasvc.engine.dump import dump
 from metasvc.engine.engine import Engine
 from metasvc.engine.namespace import resolve
 from metasvc.engine.session import statfs
@@ -19,6 +20,7 @@ from metasvc.model import (
     REF_BYTES,
     ROOT_INO,
     Caller,
+    DumpPart,
     Garbage,
     Ino,
     Inode,
@@ -245,6 +247,11 @@ class EngineAdmin:
             found = [problem async for problem in Check(engine, hold if repair else None).problems()]
         for problem in found:
             yield problem
+
+    # -- dump -----------------------------------------------------------------------------------------
+
+    def dump(self) -> AsyncGenerator[DumpPart, None]:
+        return dump(self._engine)
 
     # -- jobs that touch objects ----------------------------------------------------------------------
 

@@ -42,6 +42,9 @@ _JUDGED = 16
 TELL_EVERY_S = 30.0
 """A store that does not take a batch is logged at once, and again after so long."""
 
+Tap = Callable[[Mapping[Table, Mapping[Any, Row | None]]], None]
+"""Takes the changes of a batch: by table and key the row, None if it is gone. They are not changed afterwards."""
+
 log = logging.getLogger(__name__)
 
 
@@ -73,6 +76,8 @@ class Committer:
         self.commit_ns_total = 0
         self.observe: Callable[[int, float], None] | None = None
         """Told of each batch that is durable: its rows, and the seconds that the store took."""
+        self.taps: list[Tap] = []
+        """Each is told of every batch, in order, in the stretch in which it counts as durable. Must not raise."""
         self.may_block: Callable[[], bool] | None = None
         """Says whether nobody but the one who waits for the batch needs the event loop now."""
         self._took_s: deque[float] = deque(maxlen=_JUDGED)
@@ -119,6 +124,8 @@ class Committer:
                 keys = [(table, key) for table, rows in batch.changes.items() for key in rows]
                 self._in_flight = None
                 self._rows.mark_durable(batch.number, keys)
+                for tap in self.taps:
+                    tap(batch.changes)
                 self.batches_total += 1
                 self.changes_total += len(keys)
                 for waiter in batch.waiters:

@@ -33,7 +33,7 @@ from metasvc.engine.memory_budget import MemoryBudget
 from metasvc.engine.owner import OWNER_TTL_S, Owner, boottime_s
 from metasvc.engine.reservations import Reservations
 from metasvc.engine.tx import Rule, Tx, refuse
-from metasvc.errors import FsError, StoreError
+from metasvc.errors import FsError, StoreError, VolumeIncomplete
 from metasvc.model import Counter, Ino, Inode, Replies, Session, SessionId, SliceRange, VolumeFormat
 from metasvc.store import VolumeStore
 from metasvc.store.tables import COUNTER, INODE, REPLIES, SESSION, SLICE_RANGE, SUSTAINED, Key, Row, Table
@@ -121,8 +121,12 @@ class Engine:
 
         With ``keep_sessions`` they stay, with what they sustain and their slice ids: the caller has their clients go on
         (resume_session), or ends them. ``memory`` bounds the rows at hand, 64 MiB of its own if not given.
-        NotOwner while another process owns the volume.
+        NotOwner while another process owns the volume; VolumeIncomplete if it was not loaded whole.
         """
+        if store.format.loading:
+            raise VolumeIncomplete(
+                f"volume {store.format.tenant}/{store.format.name} was not loaded whole: wait for `atoll load`, or run it again"
+            )
         owner = await Owner.acquire(store, address=address, ttl_s=ttl_s, clock_s=clock_s)
         engine = cls(store, owner, memory=memory or MemoryBudget(DEFAULT_MEMORY_BYTES), clock_ns=clock_ns)
         try:

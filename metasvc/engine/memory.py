@@ -96,7 +96,7 @@ class _Size:
         """As it was when this generation became the old one: rows that were used again since count in both."""
 
 
-def _cost_bytes(row: Row | None) -> int:
+def cost_bytes(row: Row | None) -> int:
     """Estimate what a cached row takes: of slices also the inline bytes."""
     return ROW_COST_BYTES + (len(row[-1]) if row and isinstance(row[-1], bytes) else 0)
 
@@ -117,7 +117,7 @@ class _Flat:
             row = self.old.pop(key, _ABSENT)
             if row is not _ABSENT:
                 self.young[key] = row
-                self._size.young_bytes += _cost_bytes(row)
+                self._size.young_bytes += cost_bytes(row)
         return row
 
 
@@ -268,7 +268,7 @@ class Rows:
                         young.young.pop(key, None)
                         continue
                     former = young.young.get(key, _ABSENT)
-                    self._size.young_bytes += _cost_bytes(row) - (0 if former is _ABSENT else _cost_bytes(former))
+                    self._size.young_bytes += cost_bytes(row) - (0 if former is _ABSENT else cost_bytes(former))
                     young.young[key] = row
         self.make_room()
 
@@ -442,7 +442,7 @@ class Rows:
             flat = self._flat[table]
             if flat.get(key) is _ABSENT:
                 flat.young[key] = row
-                self._size.young_bytes += _cost_bytes(row)
+                self._size.young_bytes += cost_bytes(row)
 
     def _install_group(self, table: Table, number: int, rows: list[Row]) -> None:
         group = self._install_members(table, number, rows)

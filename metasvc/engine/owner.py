@@ -67,12 +67,16 @@ class Owner:
         """Renew at a third of the lease. Ends with Fenced when another took over or the lease ran out."""
         while True:
             await asyncio.sleep(self._ttl_s / 3)
-            sent_s = self._clock_s()
             try:
-                await self._store.renew(self.ownership, ttl_s=self._ttl_s)
-                self._ends_s = sent_s + self._ttl_s
+                await self.renew()
             except StoreError:
                 self.check()
+
+    async def renew(self) -> None:
+        """Renew now. Fenced if another took over since this ownership began; else all changes until now were its own."""
+        sent_s = self._clock_s()
+        await self._store.renew(self.ownership, ttl_s=self._ttl_s)
+        self._ends_s = sent_s + self._ttl_s
 
     async def release(self) -> None:
         """Give the ownership up; the next owner need not wait."""

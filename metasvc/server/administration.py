@@ -6,7 +6,8 @@ Owns the mapping only; what the operations do is said in metasvc/api/admin.py. E
 from __future__ import annotations
 
 import errno as E
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, Final
 
 from chunkstore.errors import AtollError
@@ -236,5 +237,17 @@ async def problems(admin: MetaAdmin, request: pb.CheckRequest) -> AsyncIterator[
             yield message
     except AtollError as error:
         message = pb.Problem()
+        wire.put_failure(error, message.failure)
+        yield message
+
+
+async def dump_parts(admin: MetaAdmin) -> AsyncGenerator[pb.DumpPart, None]:
+    """Dump a volume; the last message is a failure if the dump did not come to its end. Close it (aclosing)."""
+    try:
+        async with aclosing(admin.dump()) as parts:
+            async for part in parts:
+                yield pb.DumpPart(data=part.data, rows=part.rows, table=part.table)
+    except AtollError as error:
+        message = pb.DumpPart()
         wire.put_failure(error, message.failure)
         yield message

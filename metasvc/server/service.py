@@ -11,22 +11,22 @@ import asyncio
 import ipaddress
 import logging
 import time
-import uuid
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, Final, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
 from chunkstore.errors import AtollError
-from chunkstore.geometry import is_block_size
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api.frames import MAX_OPENING_BYTES, MAX_REQUEST_BYTES, ConnectionLost, Frames, NotOurs, Stalled
 from metasvc.api.server import owner_of, parse_server
 from metasvc.api.volume_format import dump_format, parse_format
 from metasvc.engine import first_rows
-from metasvc.errors import FsError, NotOwner, StoreError, VolumeExists, VolumeMissing
-from metasvc.server.administration import administer, problems
+from metasvc.errors import FsError, NotOwner, StoreError, VolumeExists, VolumeIncomplete, VolumeMissing
+from metasvc.server.administration import administer, dump_parts, problems
 from metasvc.server.connection import Connection, Silent
+from metasvc.server.loading import check_format, load_volume
 from metasvc.server.session import Misbehaved
 from metasvc.server.tokens import TokenRefused, Tokens
 from metasvc.server.volumes import SessionEnded, Volume, Volumes
@@ -34,7 +34,6 @@ from metasvc.server.volumes import SessionEnded, Volume, Volumes
 OPENING_S: Final = 10.0
 """A connection that has not said by then what it is for is closed."""
 BACKLOG: Final = 1024
-MAX_INLINE_BYTES: Final = 64 * 1024
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +57,8 @@ class Service:
             pb.Opening.CREATE_VOLUME: self._unary(pb.CreateVolumeRequest, self._create_volume),
             pb.Opening.LIST_VOLUMES: self._unary(pb.ListVolumesRequest, self._list_volumes),
             pb.Opening.HAND_OVER: self._unary(pb.HandOverRequest, self._hand_over),
+            pb.Opening.DUMP: self._dump,
+            pb.Opening.LOAD: self._load,
         }
         self.connections: set[Connection] = set()
 
@@ -193,20 +194,26 @@ class Service:
             if frames.closed.done():
                 return
 
+    async def _dump(self, opening: pb.Opening, frames: Frames) -> None:
+        await _request(pb.DumpRequest, frames)
+        volume = await self._volume(opening)
+        async with aclosing(dump_parts(volume.admin)) as parts:
+            async for part in parts:
+                frames.send(part.SerializeToString())
+                await frames.drain()
+                if frames.closed.done():
+                    return
+
+    async def _load(self, opening: pb.Opening, frames: Frames) -> None:
+        tenant, name = _volume_name(opening)
+        await load_volume(self._volumes, tenant, name, frames)
+
     async def _create_volume(self, request: pb.CreateVolumeRequest, _: pb.Opening) -> Message:
         volume_format = parse_format(request.format.json)
         for text in (volume_format.tenant, volume_format.name):
             check_name(text)
         store = self._volumes.store
-        try:
-            uuid.UUID(volume_format.uuid)
-        except ValueError as error:
-            raise FsError(22, f"{volume_format.uuid[:80]!r} is no uuid") from error
-        if (
-            not is_block_size(volume_format.block_bytes)
-            or not 0 <= volume_format.inline_limit_bytes <= MAX_INLINE_BYTES
-        ):
-            raise FsError(22, "a block size or inline limit that no volume can have")
+        check_format(volume_format)
         if any(each.uuid == volume_format.uuid for each in await store.list_volumes()):
             raise VolumeExists(f"there is a volume with the uuid {volume_format.uuid}: make another")
         rows = first_rows(volume_format, uid=request.uid, gid=request.gid, mode=request.mode & 0o7777)
@@ -227,13 +234,18 @@ class Service:
         return pb.HandOverReply(volumes=await self._volumes.hand_over(server, request.owned))
 
     async def _volume(self, opening: pb.Opening) -> Volume:
-        try:
-            tenant, name = opening.volume.split("/")
-        except ValueError as error:
-            raise VolumeMissing("the call names no volume: upgrade the client") from error
-        check_name(tenant)
-        check_name(name)
-        return await self._volumes.get(tenant, name)
+        return await self._volumes.get(*_volume_name(opening))
+
+
+def _volume_name(opening: pb.Opening) -> tuple[str, str]:
+    """Return tenant and name of the volume that a call is about. VolumeMissing, FsError."""
+    try:
+        tenant, name = opening.volume.split("/")
+    except ValueError as error:
+        raise VolumeMissing("the call names no volume: upgrade the client") from error
+    check_name(tenant)
+    check_name(name)
+    return tenant, name
 
 
 async def _request(kind: type[_Message], frames: Frames) -> _Message:
@@ -276,6 +288,7 @@ _REASONS: Final[dict[type[Exception], pb.Ended.Reason.ValueType]] = {
     SessionEnded: pb.Ended.SESSION_ENDED,
     TokenRefused: pb.Ended.NO_ACCESS,
     VolumeMissing: pb.Ended.NO_VOLUME,
+    VolumeIncomplete: pb.Ended.NO_VOLUME,
     VolumeExists: pb.Ended.VOLUME_EXISTS,
     FsError: pb.Ended.INVALID,
     Misbehaved: pb.Ended.INVALID,

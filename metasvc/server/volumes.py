@@ -38,7 +38,7 @@ from metasvc.engine import Engine, EngineAdmin
 from metasvc.engine.accounts import USED_BYTES, USED_INODES
 from metasvc.engine.engine import DEFAULT_MEMORY_BYTES
 from metasvc.engine.memory_budget import MemoryBudget
-from metasvc.errors import NotOwner, VolumeMissing
+from metasvc.errors import NotOwner, VolumeIncomplete, VolumeMissing
 from metasvc.model import Ino, SessionId, VolumeFormat
 from metasvc.server.metrics import ServiceMetrics
 from metasvc.server.session import ServedSession
@@ -346,6 +346,11 @@ class Volumes:
         """Say where clients reach this process, once: what other processes tell of the owner."""
         self._server.set_result(server)
 
+    @property
+    def address(self) -> str:
+        """What other processes, and commands, are told of who has a volume. Call behind `serve_as`."""
+        return owner_text(self._server.result())
+
     def __iter__(self) -> Iterator[Volume]:
         """Return those that are open."""
         return iter(list(self._open.values()))
@@ -353,7 +358,7 @@ class Volumes:
     async def get(self, tenant: str, name: str) -> Volume:
         """Return a volume, opened if it is not. VolumeMissing, NotOwner, StoreError."""
         key = tenant, name
-        server = await asyncio.shield(self._server)
+        await asyncio.shield(self._server)
         async with self._opening.setdefault(key, asyncio.Lock()):
             found = self._open.get(key)
             if found is not None and found.engine.failure is None:
@@ -373,7 +378,7 @@ class Volumes:
             try:
                 volume = await Volume.open(
                     store,
-                    address=owner_text(server),
+                    address=self.address,
                     memory=self._memory,
                     expiry_s=self.expiry_s,
                     return_s=self._return_s,
@@ -422,7 +427,7 @@ class Volumes:
         except NotOwner as error:
             told.pop(key, None)
             return owner_of(error.owner)
-        except VolumeMissing:
+        except (VolumeMissing, VolumeIncomplete):
             told.pop(key, None)
         except AtollError as error:
             if told.get(key) != str(error):

@@ -57,12 +57,12 @@ from typing import Final, NamedTuple
 
 from metasvc.errors import StoreError, StoreRefused
 from metasvc.store import Ownership
+from metasvc.store.packed import pack_batch
 from metasvc.store.sqlite.journal_format import (
     BLOCK_BYTES,
     KEY_BYTES,
     Contents,
     Header,
-    pack_batch,
     pack_header,
     pack_record,
     read_journal,

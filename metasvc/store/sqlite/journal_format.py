@@ -1,4 +1,4 @@
-"""The bytes of a journal: header, records, rows; and what a successor finds in them. docs/format.md has every byte.
+"""The bytes of a journal: header and records; and what a successor finds in them. docs/format.md has every byte.
 
 Pure functions that know neither files nor SQL. metasvc.store.sqlite.journal says what a journal is for.
 
@@ -17,48 +17,22 @@ number. A record with a higher number anywhere else means that one before it was
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any, Final, get_type_hints
+from typing import Final
 
 from blake3 import blake3
 
 from metasvc.errors import SchemaTooNew, StoreRefused
-from metasvc.store.tables import (
-    CHUNK,
-    COUNTER,
-    DENTRY,
-    GARBAGE,
-    INODE,
-    LINK,
-    PACK,
-    PACKABLE,
-    QUOTA,
-    REPLIES,
-    SESSION,
-    SLICE,
-    SLICE_RANGE,
-    SUSTAINED,
-    TABLES,
-    TRASHED,
-    XATTR,
-    Batch,
-    Key,
-    Row,
-    Table,
-)
 
 __all__ = [
     "BLOCK_BYTES",
     "KEY_BYTES",
     "Contents",
     "Header",
-    "pack_batch",
     "pack_header",
     "pack_record",
     "read_journal",
-    "unpack_batch",
 ]
 
 BLOCK_BYTES: Final = 4096
@@ -70,31 +44,6 @@ _DIGEST_BYTES: Final = 16
 _MAX_UUID_BYTES: Final = 1024
 _HEADER: Final = struct.Struct("<4sHHQQIHH32s")
 _RECORD: Final = struct.Struct("<QII")
-_SECTION: Final = struct.Struct("<BBHI")
-_PUT: Final = 0
-_DELETE: Final = 1
-
-_CODES: Final = {
-    INODE: 1,
-    DENTRY: 2,
-    CHUNK: 3,
-    SLICE: 4,
-    XATTR: 5,
-    LINK: 6,
-    SESSION: 7,
-    SUSTAINED: 8,
-    TRASHED: 9,
-    GARBAGE: 10,
-    QUOTA: 11,
-    COUNTER: 12,
-    SLICE_RANGE: 13,
-    REPLIES: 14,
-    PACKABLE: 15,
-    PACK: 16,
-}
-"""What stands for a table. Never given to another one."""
-_TABLES: Final = {code: table for table, code in _CODES.items()}
-assert set(_CODES) == set(TABLES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,107 +158,3 @@ def _damaged(path: str, detail: str) -> StoreRefused:
         f"{path} is a damaged journal, {detail}: it may hold the last changes of the volume. Restore the metadata from a "
         "backup, or move the file away to go on without them, then run atoll fsck"
     )
-
-
-# -- batches ----------------------------------------------------------------------------------------------------------
-
-
-class _Columns:
-    """How values of some columns are packed: fixed parts (integers, lengths), then the bytes that have lengths."""
-
-    def __init__(self, kinds: list[type]) -> None:
-        self.count = len(kinds)
-        self.fixed = struct.Struct("<" + "".join("q" if kind is int else "I" for kind in kinds))
-        self.texts = [index for index, kind in enumerate(kinds) if kind is str]
-        self.sized = [index for index, kind in enumerate(kinds) if kind is not int]
-        self.pack = self._choose()
-
-    def _choose(self) -> Callable[[list[Any]], bytes]:
-        if not self.sized:
-            return self._pack_integers
-        return self._pack_one_sized if len(self.sized) == 1 and not self.texts else self._pack_any
-
-    def _pack_integers(self, rows: list[Any]) -> bytes:
-        return struct.pack(f"<{len(rows) * self.count}q", *chain.from_iterable(rows))
-
-    def _pack_one_sized(self, rows: list[Any]) -> bytes:
-        pack, at = self.fixed.pack, self.sized[0]
-        after = at + 1
-        return b"".join([part for row in rows for part in (pack(*row[:at], len(row[at]), *row[after:]), row[at])])
-
-    def _pack_any(self, rows: list[Any]) -> bytes:
-        parts = []
-        for row in rows:
-            values = list(row)
-            for index in self.texts:
-                values[index] = values[index].encode()
-            sized = [values[index] for index in self.sized]
-            for index in self.sized:
-                values[index] = len(values[index])
-            parts += [self.fixed.pack(*values), *sized]
-        return b"".join(parts)
-
-    def unpack(self, packed: bytes, offset: int, count: int) -> tuple[list[list[Any]], int]:
-        """Return rows, and where they end."""
-        rows = []
-        for _ in range(count):
-            values = list(self.fixed.unpack_from(packed, offset))
-            offset += self.fixed.size
-            for index in self.sized:
-                end = offset + values[index]
-                values[index], offset = packed[offset:end], end
-            for index in self.texts:
-                values[index] = values[index].decode()
-            rows.append(values)
-        return rows, offset
-
-
-def _kinds(table: Table) -> list[type]:
-    hints = get_type_hints(table.row)
-    return [getattr(hints[name], "__supertype__", hints[name]) for name in table.columns]
-
-
-_KINDS: Final = {table: _kinds(table) for table in TABLES}
-_ROWS: Final = {table: _Columns(kinds) for table, kinds in _KINDS.items()}
-_KEYS: Final = {table: _Columns(_KINDS[table][: table.key_size]) for table in TABLES}
-_UNFIT: Final = (struct.error, TypeError, AttributeError, UnicodeError)
-
-
-def pack_batch(batch: Batch) -> bytes:
-    """Return the bytes of a batch. StoreRefused for a row that SQLite would not take either. Cost: 1 us per row.
-
-    What passes here must pass there: it is acknowledged before SQLite sees it.
-    """
-    parts: list[bytes] = []
-    try:
-        for table, rows in batch.puts.items():
-            if rows:
-                parts += [_SECTION.pack(_CODES[table], _PUT, len(table.columns), len(rows)), _ROWS[table].pack(rows)]
-        for table, keys in batch.deletes.items():
-            if keys:
-                parts += [_SECTION.pack(_CODES[table], _DELETE, table.key_size, len(keys)), _KEYS[table].pack(keys)]
-    except _UNFIT as exc:
-        raise StoreRefused(f"a row does not fit the schema: this is a bug, please report it ({exc})") from exc
-    return b"".join(parts)
-
-
-def unpack_batch(packed: bytes) -> Batch:
-    """Return the batch of some bytes that pack_batch() of this or an earlier version made. SchemaTooNew."""
-    puts: dict[Table, list[Row]] = {}
-    deletes: dict[Table, list[Key]] = {}
-    offset = 0
-    while offset < len(packed):
-        code, kind, column_count, count = _SECTION.unpack_from(packed, offset)
-        table = _TABLES.get(code)
-        if table is None or kind not in (_PUT, _DELETE) or column_count > len(table.columns):
-            raise SchemaTooNew("a journal has rows that this AtollFS does not know: upgrade AtollFS")
-        offset += _SECTION.size
-        columns = _ROWS[table] if column_count == len(table.columns) else _Columns(_KINDS[table][:column_count])
-        if kind == _DELETE:
-            values, offset = _KEYS[table].unpack(packed, offset, count)
-            deletes[table] = [tuple(key) for key in values]
-        else:
-            values, offset = columns.unpack(packed, offset, count)
-            # Columns that were added since have a default, and stand at the end.
-            puts[table] = [table.row(*row) for row in values]
-    return Batch(puts, deletes)

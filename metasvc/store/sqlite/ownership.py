@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 from metasvc.errors import Fenced, NotOwner, StoreRefused
 from metasvc.store import Ownership
+from metasvc.store.packed import unpack_batch
 from metasvc.store.sqlite.database import WriterConnection, transaction, unlocked_only
 from metasvc.store.sqlite.journal import Draft, Journal, JournalPaths, read_taken, remove_draft
-from metasvc.store.sqlite.journal_format import unpack_batch
 from metasvc.store.sqlite.owner_lock import OwnerLock
 from metasvc.store.sqlite.rows import apply_batch
 from metasvc.store.tables import Batch

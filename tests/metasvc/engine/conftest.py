@@ -15,6 +15,8 @@ from tests.metasvc.store.kinds import KINDS, new_store_of
 WAYS = {
     "test_rules": ["direct", "wire", "sqlite", "postgresql"],
     "test_random_operations": ["direct", "sqlite", "postgresql"],
+    "test_dump": ["direct", "sqlite", "postgresql"],
+    "test_load": ["direct", "sqlite", "postgresql"],
 }
 """By module. "direct" and "wire" are on the store in memory, the others are direct."""
 

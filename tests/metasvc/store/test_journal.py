@@ -27,9 +27,10 @@ from chunkstore.geometry import SliceId
 from metasvc.errors import Fenced, NotOwner, SchemaTooNew, StoreError, StoreRefused
 from metasvc.model import Counter, Dentry, Ino, Slice
 from metasvc.store import Ownership
+from metasvc.store.packed import pack_batch
 from metasvc.store.sqlite import SqliteStore
 from metasvc.store.sqlite.journal import Appended, Journal, make_draft
-from metasvc.store.sqlite.journal_format import BLOCK_BYTES, pack_batch, pack_record
+from metasvc.store.sqlite.journal_format import BLOCK_BYTES, pack_record
 from metasvc.store.sqlite.ownership import begin_journal
 from metasvc.store.sqlite.volume import SqliteVolume
 from metasvc.store.tables import COUNTER, DENTRY, SLICE, TABLES, Batch

@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 from chunkstore.geometry import SliceId
 from metasvc.errors import SchemaTooNew, StoreRefused
 from metasvc.model import Counter, Dentry, Ino, Session, SessionId, Slice
+from metasvc.store.packed import pack_batch, unpack_batch
 from metasvc.store.sqlite.journal_format import (
     BLOCK_BYTES,
     Header,
-    pack_batch,
     pack_header,
     pack_record,
     read_journal,
-    unpack_batch,
 )
 from metasvc.store.tables import SESSION, TABLES, Batch
 from tests.metasvc.store.rows_of import INT64_MAX, batch_of, batches, example_row

@@ -40,7 +40,15 @@ def test_a_newer_format_is_refused_naming_both_versions() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"version": None}, {"version": "1"}, {"name": 5}, {"block_bytes": "4"}, {"block_bytes": True}, {"color": "red"}],
+    [
+        {"version": None},
+        {"version": "1"},
+        {"name": 5},
+        {"block_bytes": "4"},
+        {"block_bytes": True},
+        {"loading": 1},
+        {"color": "red"},
+    ],
     ids=repr,
 )
 def test_a_format_with_wrong_fields_is_refused(change: dict[str, Any]) -> None:
@@ -63,4 +71,14 @@ def test_what_is_no_format_is_refused(text: str) -> None:
 
 
 def test_a_format_is_one_json_object_with_sorted_keys() -> None:
-    assert list(json.loads(dump_format(volume_format()))) == sorted(VolumeFormat.__dataclass_fields__)
+    assert list(json.loads(dump_format(volume_format()))) == sorted(
+        VolumeFormat.__dataclass_fields__.keys() - {"loading"}
+    )
+
+
+def test_only_the_text_of_a_volume_that_is_being_loaded_says_so() -> None:
+    # So that versions that do not know the state read all others, and refuse those.
+    loading = volume_format(loading=True)
+    assert json.loads(dump_format(loading))["loading"] is True
+    assert parse_format(dump_format(loading)) == loading
+    assert "loading" not in dump_format(volume_format())

@@ -22,6 +22,7 @@ from metasvc.errors import FsError
 from metasvc.model import ROOT_INO, Caller, Commit, Ino, RenameFlags, SliceKind, SliceRef, WrittenSlice
 from metasvc.server.session import MAX_OUTSTANDING
 from metasvc.store import Store
+from metasvc.store.memory import MemoryStore
 from tests.metasvc.engine.volumes import volume_format
 from tests.metasvc.server.served import Client, Cutter, Served, connected, served
 from tests.metasvc.store.kinds import KINDS, new_store_of

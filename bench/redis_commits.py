@@ -136,7 +136,9 @@ async def _measure(server: Redis, seconds: float) -> None:
 def _report(size: int, name: str, all_s: list[float]) -> None:
     all_s = sorted(all_s)
     rate = size / (sum(all_s) / len(all_s))
-    print(f"{size:>6} {name:<26} {median(all_s) * 1e3:>10.2f} {all_s[len(all_s) * 99 // 100] * 1e3:>8.2f} {rate:>10,.0f}")
+    print(
+        f"{size:>6} {name:<26} {median(all_s) * 1e3:>10.2f} {all_s[len(all_s) * 99 // 100] * 1e3:>8.2f} {rate:>10,.0f}"
+    )
 
 
 async def _measure_reads(store: RedisStore) -> None:
@@ -150,7 +152,9 @@ async def _measure_reads(store: RedisStore) -> None:
             began = time.perf_counter()
             await volume.scan_dir(ROOT_INO, after=b"file-%07d" % (turn * 50_000), limit=count)
             scans.append(time.perf_counter() - began)
-        print(f"{count:>6} inodes loaded: {median(times) * 1e3:.2f} ms; names with inodes: {median(scans) * 1e3:.2f} ms")
+        print(
+            f"{count:>6} inodes loaded: {median(times) * 1e3:.2f} ms; names with inodes: {median(scans) * 1e3:.2f} ms"
+        )
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

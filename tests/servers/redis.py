@@ -193,7 +193,9 @@ class Redis(RedisAt):
     @contextmanager
     def replica(self, **settings: str) -> Iterator[Redis]:
         """Run a replica of this server until the block ends; it has what the server has."""
-        with Redis(**self._as_given(settings), replicaof=f"{self.host} {self.port}", repl_diskless_sync_delay="0") as other:
+        with Redis(
+            **self._as_given(settings), replicaof=f"{self.host} {self.port}", repl_diskless_sync_delay="0"
+        ) as other:
             deadline_s = time.monotonic() + _READY_S
             while b"master_link_status:up" not in other.command("INFO", "replication"):
                 assert time.monotonic() < deadline_s, other.log()[-2000:]

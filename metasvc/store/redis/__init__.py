@@ -179,9 +179,7 @@ class RedisStore:
         return found
 
     async def _strike(self, tenant: str, name: str, volume_id: int) -> None:
-        await self._on_catalog(
-            lambda link: names_of.strike(link, self._catalog, tenant, name, volume_id), again=True
-        )
+        await self._on_catalog(lambda link: names_of.strike(link, self._catalog, tenant, name, volume_id), again=True)
 
     async def _state(self, volume_id: int) -> _Found | None:
         """Return what is stored of a volume; None if there is nothing."""
@@ -203,9 +201,7 @@ class RedisStore:
         await self._on_volume(keys, lambda link: link.command(b"UNLINK", keys.volume), again=True)
         await self._on_catalog(lambda link: names_of.settle_doom(link, self._catalog, volume_id), again=True)
 
-    async def _on_volume(
-        self, keys: VolumeKeys, work: Callable[[Link], Awaitable[T]], *, again: bool = False
-    ) -> T:
+    async def _on_volume(self, keys: VolumeKeys, work: Callable[[Link], Awaitable[T]], *, again: bool = False) -> T:
         return await self._changes.call(work, tag=keys.tag, deadline_s=CHANGE_DEADLINE_S, again=again)
 
     async def _on_catalog(self, work: Callable[[Link], Awaitable[T]], *, again: bool = False) -> T:

@@ -34,8 +34,8 @@ __all__ = [
     "names",
     "prepare",
     "reserve",
-    "settle_doom",
     "setting",
+    "settle_doom",
     "strike",
     "tenants",
 ]
@@ -130,7 +130,9 @@ async def prepare(link: Link, catalog: Catalog, at: str, *, create: bool) -> Non
         await link.command(b"SET", catalog.key("schema"), b"%d" % SCHEMA_VERSION, b"NX")
         stored = await link.command(b"GET", catalog.key("schema"))
     if not isinstance(stored, bytes) or not stored.isdigit():
-        raise StoreError(f"{at} has something else under {catalog.key('schema').decode()}: add another prefix= to the URL")
+        raise StoreError(
+            f"{at} has something else under {catalog.key('schema').decode()}: add another prefix= to the URL"
+        )
     if int(stored) > SCHEMA_VERSION:
         raise SchemaTooNew(
             f"{at} has schema version {int(stored)}, this AtollFS knows up to {SCHEMA_VERSION}: upgrade AtollFS"
@@ -205,7 +207,9 @@ async def tenants(link: Link, catalog: Catalog, after: bytes | None) -> tuple[li
     """Return the names of some tenants in order, and where the next ones begin; None: there are no more."""
     lower = b"-" if after is None else b"(" + after
     found = await link.command(b"ZRANGEBYLEX", catalog.key("tenants"), lower, b"+", b"LIMIT", 0, _PAGE)
-    return [name_of(member[: member.index(END)]).decode() for member in found], found[-1] if len(found) == _PAGE else None
+    return [name_of(member[: member.index(END)]).decode() for member in found], found[-1] if len(
+        found
+    ) == _PAGE else None
 
 
 def _place(tenant: str, name: str) -> bytes:

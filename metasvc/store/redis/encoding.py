@@ -20,7 +20,19 @@ from typing import Any, Final
 
 from metasvc.store.tables import DENTRY, INODE, TABLES, Key, Row, Table
 
-__all__ = ["BUCKET_BITS", "END", "IN_BUCKET", "NO_ROW", "Codec", "check_key", "codec_of", "name_of", "ordered_int", "ordered_name", "read_int"]
+__all__ = [
+    "BUCKET_BITS",
+    "END",
+    "IN_BUCKET",
+    "NO_ROW",
+    "Codec",
+    "check_key",
+    "codec_of",
+    "name_of",
+    "ordered_int",
+    "ordered_name",
+    "read_int",
+]
 
 BUCKET_BITS: Final = 6
 """Rows of 64 neighbouring ids lie together: with 128, the default of the server's limits, they would be at the limit."""

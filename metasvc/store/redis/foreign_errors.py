@@ -50,7 +50,10 @@ _BY_CODE: Final[dict[str, tuple[type[StoreError], str]]] = {
         "the user has too few rights in {at}: see the guide for what it needs, or use one with +@all",
     ),
     "CROSSSLOT": (StoreRefused, "keys of one volume lie in several slots of {at}: this is a bug, please report it"),
-    "WRONGTYPE": (StoreRefused, "{at} has something else under a key of AtollFS: give it a prefix or database of its own"),
+    "WRONGTYPE": (
+        StoreRefused,
+        "{at} has something else under a key of AtollFS: give it a prefix or database of its own",
+    ),
     "ATOLLMISFIT": (
         StoreRefused,
         "keys of {at} are not as AtollFS made them: give it a prefix or database of its own, or restore a backup",

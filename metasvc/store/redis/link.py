@@ -112,9 +112,7 @@ async def open_link(address: Address, node: Node, *, deadline_s: float) -> Link:
         "protocol": 2,
         "driver_info": None,
     }
-    connection = (
-        SSLConnection(**settings, **dict(address.tls_files)) if address.is_tls else Connection(**settings)
-    )
+    connection = SSLConnection(**settings, **dict(address.tls_files)) if address.is_tls else Connection(**settings)
     link = Link(connection, node)
     try:
         async with asyncio.timeout(deadline_s):

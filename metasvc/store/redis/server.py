@@ -44,7 +44,9 @@ async def check_server(link: Link, at: str) -> None:
         )
     weak = _weak(settings)
     if weak:
-        _warn(f"{at} {weak}: what was acknowledged may be lost when the server or its machine fails; see the guide on Redis")
+        _warn(
+            f"{at} {weak}: what was acknowledged may be lost when the server or its machine fails; see the guide on Redis"
+        )
     if policy is None:
         _warn(f"{at} does not say whether it evicts keys: see to it that maxmemory-policy is {_KEEPS}")
 

@@ -154,9 +154,7 @@ class RedisVolume:
             await self._settle(ownership)
             settled, self._settled = self._settled, None
             assert settled is not None
-            work = partial(
-                owning.replace_format, keys=self._keys, ownership=ownership, attempt=settled[2], text=text
-            )
+            work = partial(owning.replace_format, keys=self._keys, ownership=ownership, attempt=settled[2], text=text)
             if await self._change(work):
                 self._settled = settled
                 self._format = volume_format

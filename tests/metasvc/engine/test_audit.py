@@ -190,9 +190,7 @@ async def test_beside_operations_there_is_never_a_false_alarm(
     seed += number
     rand = random.Random(seed)
     memory_bytes = rand.choice([60_000, 200_000, 50_000_000])
-    async with slow_volume(
-        kind, tmp_path, servers, seed, memory_bytes=memory_bytes, trash_days=trash_days
-    ) as volume:
+    async with slow_volume(kind, tmp_path, servers, seed, memory_bytes=memory_bytes, trash_days=trash_days) as volume:
         over = asyncio.Event()
         auditing = asyncio.create_task(audit_until(volume, over, rand, cuts=0.2))
         workers = [Worker(volume, seed * 100 + worker) for worker in range(WORKERS)]

@@ -83,9 +83,7 @@ async def move(key: bytes | str, source: Redis, target: Redis, *, half: asyncio.
         if index == len(keys) // 2:
             half.set()
             await go_on.wait()
-        source.command(
-            "MIGRATE", target.host, target.port, moved, 0, 5000, "AUTH2", target.user, target.password
-        )
+        source.command("MIGRATE", target.host, target.port, moved, 0, 5000, "AUTH2", target.user, target.password)
     for node in (target, source):
         node.command("CLUSTER", "SETSLOT", slot, "NODE", ids[1])
 

@@ -226,9 +226,7 @@ async def test_a_commit_is_one_trip(world: RedisWorld) -> None:
         assert proxy.trips - before == 20
 
 
-async def test_commits_through_a_network_that_breaks_at_random_are_all_there_once(
-    world: RedisWorld, seed: int
-) -> None:
+async def test_commits_through_a_network_that_breaks_at_random_are_all_there_once(world: RedisWorld, seed: int) -> None:
     rand = random.Random(seed)
     async with far_volume(world) as (proxy, volume, owner):
         number = 2
@@ -385,9 +383,7 @@ async def test_a_takeover_beside_a_commit_that_breaks_leaves_one_history(
         await is_whole(successor, new.last_batch + 1)
 
 
-async def test_owners_that_follow_each_other_at_random_moments_leave_one_history(
-    world: RedisWorld, seed: int
-) -> None:
+async def test_owners_that_follow_each_other_at_random_moments_leave_one_history(world: RedisWorld, seed: int) -> None:
     """Each batch adds a row with its number and its owner: the rows are those that were acknowledged, each once."""
     rand = random.Random(seed)
     acknowledged: dict[int, str] = {}

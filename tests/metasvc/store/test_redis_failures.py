@@ -9,6 +9,8 @@ import asyncio
 import contextlib
 import logging
 import os
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,7 +108,9 @@ async def test_a_password_with_any_characters_works_and_a_wrong_one_is_told_with
 
 
 async def test_a_server_that_is_not_there_says_so() -> None:
-    with pytest.raises(Unavailable, match=f"the connection to Redis at {HOST}:.* was lost: see whether the server runs"):
+    with pytest.raises(
+        Unavailable, match=f"the connection to Redis at {HOST}:.* was lost: see whether the server runs"
+    ):
         await open_store(f"redis://u:secret@{HOST}:{free_ports(1)[0]}")
 
 
@@ -124,6 +128,28 @@ async def test_of_several_servers_the_first_one_that_answers_is_used(world: Redi
     store = await open_store(url, create=True)
     assert list(await store.list_volumes()) == []
     await store.close()
+
+
+async def test_rediss_encrypts_and_checks_whose_the_server_is(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "server.pem", tmp_path / "server.key"
+    subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *subject, "-keyout", key, "-out", certificate],
+        check=True,
+        capture_output=True,
+    )
+    [port] = free_ports(1)
+    files = {"tls_cert_file": str(certificate), "tls_key_file": str(key), "tls_ca_cert_file": str(certificate)}
+    with Redis(tls_port=str(port), tls_auth_clients="no", **files) as server:
+        url = server.url(port=port).replace("redis://", "rediss://")
+        store = await open_store(f"{url}?ssl_ca_certs={certificate}", create=True)
+        await store.add_tenant("tenant", created_ns=1)
+        assert await store.tenants() == ["tenant"]
+        await store.close()
+        with pytest.raises(StoreError, match=r"(?i)certificate"):
+            await open_store(url)
+        with pytest.raises(StoreError):
+            await open_store(server.url(port=port))
 
 
 # -- what is in the server --------------------------------------------------------------------------------------------
@@ -193,10 +219,14 @@ async def test_buckets_without_rows_are_in_no_index(world: RedisWorld) -> None:
         volume = await world.volume()
         owner = await acquire(volume)
         before = await world.keys()
-        rows: dict[Any, list[Row]] = {table: [example_row(table, 97 * number) for number in range(40)] for table in TABLES}
+        rows: dict[Any, list[Row]] = {
+            table: [example_row(table, 97 * number) for number in range(40)] for table in TABLES
+        }
         await volume.commit(owner, 1, Batch(rows, {}))
         assert len(await world.keys()) > len(before) + 2 * len(TABLES)
-        await volume.commit(owner, 2, Batch({}, {table: [table.key_of(row) for row in rows[table]] for table in TABLES}))
+        await volume.commit(
+            owner, 2, Batch({}, {table: [table.key_of(row) for row in rows[table]] for table in TABLES})
+        )
         assert await world.keys() == before
 
 
@@ -204,7 +234,9 @@ async def test_buckets_without_rows_are_in_no_index(world: RedisWorld) -> None:
 
 
 def _wide_batch(number: int) -> Batch:
-    rows: dict[Any, list[Row]] = {table: [example_row(table, n) for n in range(number, number + 200, 9)] for table in TABLES}
+    rows: dict[Any, list[Row]] = {
+        table: [example_row(table, n) for n in range(number, number + 200, 9)] for table in TABLES
+    }
     return Batch(rows, {})
 
 
@@ -254,7 +286,9 @@ async def test_bytes_that_are_no_row_are_told(world: RedisWorld) -> None:
             await volume.scan(DENTRY, after=None, limit=10)
 
 
-@pytest.mark.parametrize("change", ["an argument less", "an argument more", "a key less", "a key more", "a wrong number"])
+@pytest.mark.parametrize(
+    "change", ["an argument less", "an argument more", "a key less", "a key more", "a wrong number"]
+)
 async def test_a_commit_whose_arguments_do_not_add_up_changes_nothing(world: RedisWorld, change: str) -> None:
     """No such commit is ever sent: the script looks all the same."""
     async with world.running():
@@ -362,7 +396,10 @@ async def test_a_server_without_memory_refuses_a_batch_whole_and_takes_it_when_t
         volume, other = await own_world.volume(), await own_world.volume()
         owner = await acquire(volume)
         await volume.commit(owner, 1, _wide_batch(0))
-        used = int(await own_world.command("MEMORY", "STATS") and _info(await own_world.command("INFO", "memory"))["used_memory"])
+        used = int(
+            await own_world.command("MEMORY", "STATS")
+            and _info(await own_world.command("INFO", "memory"))["used_memory"]
+        )
         await own_world.command("CONFIG", "SET", "maxmemory", used // 2)
         before = await all_rows(volume)
         # Its first row is deleted, which the server would do; puts would fail behind it.
@@ -429,7 +466,13 @@ async def test_the_rights_that_the_guide_names_are_enough(own_world: RedisWorld)
     from tests.metasvc.store.redis_guide import rights_of_the_guide
 
     await asyncio.to_thread(
-        administrator.command, "ACL", "SETUSER", server.user, "resetkeys", "-@all", *rights_of_the_guide(own_world.prefix)
+        administrator.command,
+        "ACL",
+        "SETUSER",
+        server.user,
+        "resetkeys",
+        "-@all",
+        *rights_of_the_guide(own_world.prefix),
     )
     store = await open_store(own_world.url, create=True)
     await store.add_tenant("tenant", created_ns=1)
@@ -647,7 +690,9 @@ async def test_a_volume_that_was_never_named_goes_with_one_that_is_deleted_when_
         nothing_but_one = await world.keys()
         await world.command("HSET", f"{world.prefix}:{{77}}:volume", "epoch", 0, "format", "{}")
         await world.command("ZADD", f"{world.prefix}:{{77}}:counter", 0, b"\x80")
-        await world.command("ZADD", f"{world.prefix}:{{77}}:counter:\udc80".encode("utf-8", "surrogateescape"), 0, b"x\0y")
+        await world.command(
+            "ZADD", f"{world.prefix}:{{77}}:counter:\udc80".encode("utf-8", "surrogateescape"), 0, b"x\0y"
+        )
         doomed = f"{world.prefix}:{{catalog}}:doomed"
         now_s = int((await world.command("TIME"))[0])
         await world.command("ZADD", doomed, now_s + 3000, 77)
@@ -828,7 +873,7 @@ async def test_each_error_of_the_server_becomes_one_line_with_a_remedy(
         from metasvc.store.redis.connections import connect
 
         link = await connect(Address.parse(world.url))
-        with pytest.raises(Exception) as failure:  # noqa: B017
+        with pytest.raises(Exception) as failure:
             await link.command(b"EVAL", b"return redis.error_reply(ARGV[1])", 0, answer)
     finally:
         if link is not None:
@@ -860,4 +905,6 @@ async def test_text_keys_and_large_values_share_a_bucket(world: RedisWorld) -> N
         xattrs = [Xattr(Ino(n % 3), b"user.%d" % n, os.urandom(1 << (n % 17))) for n in range(90)]
         await volume.commit(owner, 1, batch_of(*xattrs))
         assert await volume.scan(XATTR, after=None, limit=1000) == sorted(xattrs)
-        assert sorted((await volume.load({}, {XATTR: [1]})).rows[XATTR]) == sorted(row for row in xattrs if row.ino == 1)
+        assert sorted((await volume.load({}, {XATTR: [1]})).rows[XATTR]) == sorted(
+            row for row in xattrs if row.ino == 1
+        )

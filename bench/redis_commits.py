@@ -1,16 +1,17 @@
 """Measure what commits cost on Redis, and what files cost in its memory: ours, against other shapes of the same rows.
 
-`python bench/redis_commits.py`. A server of its own, which syncs each change before it answers, takes batches of creates: for each
-file an inode and a name, and for each batch the directory, two counters and a session's replies. The ways take turns, so that what
-the machine does meanwhile falls on all of them. Then servers without a file take files in each of several shapes. Figures are
-reported and never judged.
+`python bench/redis_commits.py`. A server of its own, which syncs each change before it answers, takes batches of creates: for
+each file an inode and a name, and for each batch the directory, two counters and a session's replies. The ways take turns, so
+that what the machine does meanwhile falls on all of them. Then servers without a file take files in each of several shapes.
+Figures are reported and never judged.
 """
 
 import hashlib
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -92,7 +93,7 @@ def _raw(client: redis.asyncio.Redis) -> Way:
     """Return the least that a batch may cost: names only, one HSET, no fence."""
 
     async def commit(number: int, batch: Batch) -> None:
-        await client.hset("raw", mapping={row[1]: row[2] for row in batch.puts[DENTRY]})  # type: ignore[misc]
+        await client.hset("raw", mapping={row[1]: row[2] for row in batch.puts[DENTRY]})
 
     return commit
 
@@ -126,7 +127,7 @@ async def _measure(server: Redis, seconds: float) -> None:
     times = []
     for _ in range(_TURN):
         began = time.perf_counter()
-        await client.ping()  # type: ignore[misc]
+        await client.ping()
         times.append(time.perf_counter() - began)
     print(f"a trip that changes nothing, by the driver: {median(times) * 1e3:.2f} ms")
     await client.aclose()
@@ -200,23 +201,19 @@ async def _fill_plain(server: Redis, *, in_directory: int) -> None:
         async with client.pipeline(transaction=False) as pipe:
             for inode, dentry, _, _ in rows[first : first + 500]:
                 pipe.set(f"atoll:{{1}}:inode:{inode.ino}", codec_of[INODE].pack(inode))
-                pipe.hset(f"atoll:{{1}}:dentry:{dentry.parent}", dentry.name, ordered_int(dentry.ino))  # type: ignore[arg-type]
+                pipe.hset(f"atoll:{{1}}:dentry:{dentry.parent}", dentry.name, ordered_int(dentry.ino))
                 pipe.zadd(f"atoll:{{1}}:order:{dentry.parent}", {dentry.name: 0})
             await pipe.execute()
     await client.aclose()
 
 
-def _memory(title: str, fill: Callable[[Redis], Awaitable[None]]) -> None:
+def _memory(title: str, fill: Callable[[Redis], Coroutine[Any, Any, None]]) -> None:
     with Redis(appendonly="no") as server:
-        before = int(_used(server))
-        uvloop.run(_awaited(fill, server))
+        before = _used(server)
+        uvloop.run(fill(server))
         server.command("SCRIPT", "FLUSH", "SYNC")
         used = _used(server) - before
-        print(f"{title:<72} {used / _FILES:>6.0f} bytes a file")
-
-
-async def _awaited(fill: Callable[[Redis], Awaitable[None]], server: Redis) -> None:
-    await fill(server)
+        print(f"{title:<66} {used / _FILES:>6.0f} bytes a file")
 
 
 def _used(server: Redis) -> int:
@@ -237,16 +234,12 @@ def main(seconds: float, memory: bool) -> None:  # noqa: FBT001
     if not memory:
         return
     for in_directory in (50, 100, 1000, _FILES):
-        where = f"{in_directory} names in a directory"
-        _memory(f"ours, {where}", lambda server, n=in_directory: _fill_ours(server, in_directory=n, with_content=False))  # type: ignore[misc]
+        where = f"{in_directory:,} names in a directory"
+        _memory(f"ours, {where}", partial(_fill_ours, in_directory=in_directory, with_content=False))
         _memory(
-            f"ours, {where}, with chunk and slice",
-            lambda server, n=in_directory: _fill_ours(server, in_directory=n, with_content=True),  # type: ignore[misc]
+            f"ours with chunk and slice, {where}", partial(_fill_ours, in_directory=in_directory, with_content=True)
         )
-        _memory(
-            f"a key for each inode, a hash and a sorted set of names, {where}",
-            lambda server, n=in_directory: _fill_plain(server, in_directory=n),  # type: ignore[misc]
-        )
+        _memory(f"a key for each inode, names twice, {where}", partial(_fill_plain, in_directory=in_directory))
 
 
 if __name__ == "__main__":

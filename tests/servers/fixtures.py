@@ -1,4 +1,4 @@
-"""Fixtures of the real servers: one S3 server, one PostgreSQL and one Redis for a run of pytest, fresh buckets and fault proxies.
+"""Fixtures of the real servers: one S3 server, one PostgreSQL, one Redis for a run of pytest, fresh buckets, fault proxies.
 
 A test that stops or damages a server takes `own_s3_server`, `own_postgresql`, `own_redis`; all others share `s3_server`,
 `postgresql`, `redis`. One that runs on stores of any kind takes `servers`, which starts what it is asked for.

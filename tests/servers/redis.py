@@ -1,7 +1,8 @@
 """Redis for the tests: servers on loopback with data of their own, or one that the environment names.
 
-The program is Debian's: one binary with several names, which redis-tools brings without a daemon. ATOLL_TEST_REDIS may be the URL of
-a server that tests share then, with a user who may do everything; tests that stop or reconfigure a server always start one.
+The program is Debian's: one binary with several names, which redis-tools brings without a daemon. ATOLL_TEST_REDIS may be the
+URL of a server that tests share then, with a user who may do everything; tests that stop or reconfigure a server always start
+one.
 
 Servers are ended by their pids only. Must not know AtollFS.
 """
@@ -58,7 +59,7 @@ class RedisAt:
 
     def command(self, *arguments: Any) -> Any:
         """Run a command; its answer as the server gave it, or its error."""
-        connection = redis.Connection(
+        connection = redis.Connection(  # type: ignore[no-untyped-call]
             host=self.host,
             port=self.port,
             db=self.database,
@@ -68,11 +69,11 @@ class RedisAt:
             socket_timeout=_READY_S,
         )
         try:
-            connection.connect()
-            connection.send_command(*arguments)
+            connection.connect()  # type: ignore[no-untyped-call]
+            connection.send_command(*arguments)  # type: ignore[no-untyped-call]
             return connection.read_response()
         finally:
-            connection.disconnect()
+            connection.disconnect()  # type: ignore[no-untyped-call]
 
     @staticmethod
     def new_prefix() -> str:

@@ -1,7 +1,7 @@
 """A proxy in front of a Redis server that cuts connections where a test says, to the byte.
 
-Owns one listening port on loopback; runs on the event loop of the test. It knows the framing of the protocol (RESP2) and EVALSHA
-and EVAL, which run a script that it recognizes by digest or text. All else passes as it is.
+Owns one listening port on loopback; runs on the event loop of the test. It knows the framing of the protocol (RESP2) and
+EVALSHA and EVAL, which run a script that it recognizes by digest or text. All else passes as it is.
 
 A `Fault` happens to the next run of a script, once.
 """

@@ -1,11 +1,12 @@
 """The store in Redis or Valkey, one server or a cluster, for services of several processes: metasvc.store.Store.
 
-Reading order: foreign_errors, address, encoding (keys and rows as bytes), keys (every key there is), link, server (what a server
-must be), connections, scripts, rows (scripts of the tables), ownership (scripts of a volume's owner; why the fence holds), catalog
-(names of volumes; what takes several steps), volume, and this file.
+Reading order: foreign_errors, address, encoding (keys and rows as bytes), keys (every key there is), link, server (what a
+server must be), connections, scripts, rows (scripts of the tables), ownership (scripts of a volume's owner; why the fence
+holds), catalog (names of volumes; what takes several steps), volume, and this file.
 
-Concurrency: any number of processes on one server or cluster. Every change of a volume is one script on its keys, which a server
-runs one after the other; all keys of a volume lie on one server. Volumes of a cluster's servers never wait for each other.
+Concurrency: any number of processes on one server or cluster. Every change of a volume is one script on its keys, which a
+server runs one after the other; all keys of a volume lie on one server. Volumes of a cluster's servers never wait for each
+other.
 
 Durability: a commit that returned is as durable as the server makes a command that it has answered: with ``appendonly yes``
 and ``appendfsync always``, on its disk. Anything else is warned of when a connection is made (docs/guides/redis.md).
@@ -196,8 +197,10 @@ class RedisStore:
         keys = VolumeKeys(self._prefix, volume_id)
         await self._on_volume(keys, lambda link: owning.disown(link, keys), again=True)
         for table in TABLES:
-            while await self._on_volume(keys, partial(_remove_some, keys=keys, table=table), again=True):
-                await asyncio.sleep(_REMOVE_PAUSE_S)
+            is_more = True
+            while is_more:
+                is_more = await self._on_volume(keys, partial(_remove_some, keys=keys, table=table), again=True)
+                await asyncio.sleep(_REMOVE_PAUSE_S if is_more else 0)
         await self._on_volume(keys, lambda link: link.command(b"UNLINK", keys.volume), again=True)
         await self._on_catalog(lambda link: names_of.settle_doom(link, self._catalog, volume_id), again=True)
 

@@ -1,14 +1,17 @@
 """The catalog: the schema's version, names of volumes and tenants, settings, and which volumes are being made or removed.
 
 Owns the keys ``P:{catalog}:…`` (keys has them). In a cluster they lie on another server than most volumes, so nothing here is
-one step with what happens to a volume's own keys. What takes several steps goes in an order in which a process may end after each:
+one step with what happens to a volume's own keys. What takes several steps goes in an order in which a process may end after
+each:
 
 - *Make a volume*: ``reserve`` gives an id out and notes it as doomed in an hour; the volume's keys are made; ``enter`` gives it
-  the name and takes the note away, in one step, or finds the name taken. A process that ended before has left a volume without a
-  name, which goes with the next volume that is deleted an hour later. ``enter`` refuses an id that is due soon or no longer noted.
-- *Delete one*: its hash says ``deleted`` first, from which on nobody can take or change it; ``strike`` takes the name away and notes
-  the id, in one step; then its keys go, its hash last, and the note. A process that ended in between has left a name that stands for
-  a deleted volume, which counts as none and is struck by the next one who needs the name; or keys that go with the next one.
+  the name and takes the note away, in one step, or finds the name taken. A process that ended before has left a volume
+  without a name, which goes with the next volume that is deleted an hour later. ``enter`` refuses an id that is due soon or
+  no longer noted.
+- *Delete one*: its hash says ``deleted`` first, from which on nobody can take or change it; ``strike`` takes the name away
+  and notes the id, in one step; then its keys go, its hash last, and the note. A process that ended in between has left a
+  name that stands for a deleted volume, which counts as none and is struck by the next one who needs the name; or keys that
+  go with the next one.
 """
 
 from __future__ import annotations
@@ -57,7 +60,8 @@ redis.call('ZADD', KEYS[2], time[1] + ARGV[1], id)
 return {id, string.format('%.0f', time[1] * 1000000 + time[2])}
 """
 )
-# KEYS: volumes, doomed. ARGV: place, id, seconds. Answers 0; the member that has the name; 1: the id is not noted, or due so soon.
+# KEYS: volumes, doomed. ARGV: place, id, seconds. Answers 0; the member that has the name; 1: the id is not noted, or due so
+# soon.
 _ENTER: Final = Script(
     r"""#!lua
 local there = redis.call('ZRANGEBYLEX', KEYS[1], '[' .. ARGV[1], '(' .. ARGV[1]:sub(1, -2) .. '\1', 'LIMIT', 0, 1)[1]

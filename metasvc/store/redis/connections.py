@@ -1,7 +1,7 @@
 """Connections to the servers of one address: a bounded number, made when they are needed and made again when they break.
 
-Owns the life of connections, the deadlines, which calls are tried again, and where in a cluster a volume lies. Knows no keys. (Why
-not the driver's pool and its cluster client: they send a command again by themselves when a connection breaks, which a
+Owns the life of connections, the deadlines, which calls are tried again, and where in a cluster a volume lies. Knows no keys.
+(Why not the driver's pool and its cluster client: they send a command again by themselves when a connection breaks, which a
 commit must not be, and they have deadlines for a read or a write of the socket, not for a call.)
 
 Two lanes, so that changes never wait for reads: a renewal that came too late behind a thousand loads would cost the volume.
@@ -14,8 +14,8 @@ Interleavings:
 - Past its deadline a call's connection is cut. What the server does with what it got is unknown then, as after any lost
   connection: callers must be able to find out (metasvc.store.redis.volume).
 - A call that is marked ``again`` does the same done twice: when the connection breaks it is done again on another one, after
-  a pause that doubles, until its deadline. Others fail at once with Unavailable. To connect is tried again for all of them, and so
-  is a call that a server of a cluster answers with MOVED or ASK, for it has not begun it.
+  a pause that doubles, until its deadline. Others fail at once with Unavailable. To connect is tried again for all of them,
+  and so is a call that a server of a cluster answers with MOVED or ASK, for it has not begun it.
 - ``_idle``, ``_open`` and the routes are changed between awaits only. ``_open`` has every connection that was not dropped, and
   never more than ``limit``: a call that needs another server closes one that nobody uses.
 

@@ -132,7 +132,7 @@ class _Packing:
 
 
 class Codec:
-    """The columns of a table behind its key, as bytes: integers and the lengths of all texts but the last one, then the texts."""
+    """The columns of a table behind its key, as bytes: integers, lengths of all texts but the last one, then the texts."""
 
     def __init__(self, table: Table) -> None:
         kinds = _kinds(table)

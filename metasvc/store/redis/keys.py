@@ -48,8 +48,8 @@ Fields of ``P:{V}:volume``, all in decimal or UTF-8. They change in scripts of m
 ``deleted``     1: the volume was deleted and its keys are being removed. Absent: it was not
 ==============  ===================================================================================================
 
-Why buckets: a key of its own costs about 100 bytes, and so does a member of a large sorted set. Hashes of at most 128 fields and
-sorted sets of at most 128 members, with values up to 64 bytes each (Redis's defaults), are one block of memory without any
+Why buckets: a key of its own costs about 100 bytes, and so does a member of a large sorted set. Hashes of at most 128 fields
+and sorted sets of at most 128 members, with values up to 64 bytes each (Redis's defaults), are one block of memory without any
 pointer in it (a listpack). docs/adr/0051 has the figures.
 """
 

@@ -47,7 +47,7 @@ class Link:
 
     async def open(self) -> None:
         """Connect and log in. Foreign errors."""
-        await self._connection.connect()
+        await self._connection.connect()  # type: ignore[no-untyped-call]
         writer = self._connection._writer
         assert writer is not None
         self._transport = writer.transport
@@ -84,12 +84,12 @@ class Link:
         transport = self._transport or (writer.transport if writer is not None else None)
         if transport is not None:
             transport.abort()
-        self._connection._close()
+        self._connection._close()  # type: ignore[no-untyped-call]
 
     async def close(self) -> None:
         """Close the connection, and wait for that a moment."""
         writer = self._connection._writer
-        self._connection._close()
+        self._connection._close()  # type: ignore[no-untyped-call]
         if writer is not None:
             try:
                 async with asyncio.timeout(_CLOSE_S):
@@ -112,7 +112,8 @@ async def open_link(address: Address, node: Node, *, deadline_s: float) -> Link:
         "protocol": 2,
         "driver_info": None,
     }
-    connection = SSLConnection(**settings, **dict(address.tls_files)) if address.is_tls else Connection(**settings)
+    files: dict[str, Any] = dict(address.tls_files)
+    connection = SSLConnection(**settings, **files) if address.is_tls else Connection(**settings)
     link = Link(connection, node)
     try:
         async with asyncio.timeout(deadline_s):

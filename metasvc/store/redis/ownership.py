@@ -10,13 +10,13 @@ expects. The server runs one script at a time, so they have an order, whichever 
   frozen server still holds back. So what settle() answers is final;
 - a commit (``last_batch`` grows) the same batch changes nothing, so it is applied once.
 
-Interleavings of two owners, A and then B, with "c" a commit of A and "t" the takeover: c t: B reads ``last_batch`` in the step of
-the takeover, behind c, and loads rows only after that. t c: c finds another nonce and epoch. There is no third.
+Interleavings of two owners, A and then B, with "c" a commit of A and "t" the takeover: c t: B reads ``last_batch`` in the
+step of the takeover, behind c, and loads rows only after that. t c: c finds another nonce and epoch. There is no third.
 
-What a loss of the server's last moments does (appendfsync not always, a fail-over): the hash is as old as the rows, for both change in
-one step, which is found in the append-only file or in a replica wholly or not at all. ``last_batch`` is lower than the owner
-thinks then, so its next commit is refused, and it stops: it never adds batch n + 1 where n is missing. A nonce is part of the
-fence because an epoch that was lost may be given out again.
+What a loss of the server's last moments does (appendfsync not always, a fail-over): the hash is as old as the rows, for both
+change in one step, which is found in the append-only file or in a replica wholly or not at all. ``last_batch`` is lower than
+the owner thinks then, so its next commit is refused, and it stops: it never adds batch n + 1 where n is missing. A nonce is
+part of the fence because an epoch that was lost may be given out again.
 
 The expiry is by the server's clock, read inside the scripts.
 """
@@ -60,8 +60,8 @@ if own[1] ~= ARGV[1] or own[2] ~= ARGV[2] then
 end
 """
 
-# ARGV: nonce, address, microseconds, the epoch that is to be followed. Answers 0, epoch and last batch; 1, address and microseconds
-# that are left of another's ownership; 2 and the epoch that is there; 3: no such volume.
+# ARGV: nonce, address, microseconds, the epoch that is to be followed. Answers 0, epoch and last batch; 1, address and
+# microseconds that are left of another's ownership; 2 and the epoch that is there; 3: no such volume.
 _ACQUIRE: Final = Script(
     f"""#!lua
 {_STATE_LUA}{_NOW_LUA}

@@ -7,9 +7,9 @@ changes anything (see scripts). A script that reads compares ``last_batch`` with
 or seen: connections of one process may lead to different servers for a moment, while one takes over from another, and rows
 from before a commit of our own must not come back.
 
-Scans find their buckets by the index, which is among the keys that a script declares; the buckets are not. A cluster that moves a
-volume from one server to another does so key by key, and answers scripts by their declared keys: so a bucket that the index has and
-that is not there has not come yet, and the scan is tried again.
+Scans find their buckets by the index, which is among the keys that a script declares; the buckets are not. A cluster that
+moves a volume from one server to another does so key by key, and answers scripts by their declared keys: so a bucket that the
+index has and that is not there has not come yet, and the scan is tried again.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _NOTHING: Final = b""
 # -- changes ----------------------------------------------------------------------------------------------------------
 
 # What a script that changes rows has before its own lines. KEYS[1] is the volume; for each table follow its index and its
-# buckets. ARGV has its own arguments first; from `at` on: the number of tables; for each of them the type of its buckets and how many
-# they are; for each bucket its number, how many rows are put and how many are deleted, (place, packed row) of those that are
-# put, the places of those that are deleted. Lua puts at most some 8,000 values on its stack, hence the pieces.
+# buckets. ARGV has its own arguments first; from `at` on: the number of tables; for each of them the type of its buckets and
+# how many they are; for each bucket its number, how many rows are put and how many are deleted, (place, packed row) of those
+# that are put, the places of those that are deleted. Lua puts at most some 8,000 values on its stack, hence the pieces.
 CHANGES_LUA: Final = r"""
 local PIECE = 1000
 
@@ -204,7 +204,8 @@ class Changes:
 
 # -- reads ------------------------------------------------------------------------------------------------------------
 
-# What a script that reads has before its own lines. KEYS[1] is the volume, ARGV[1] the batch that must be there; "" for who owns nothing.
+# What a script that reads has before its own lines. KEYS[1] is the volume, ARGV[1] the batch that must be there; "" for who
+# owns nothing.
 _READ_LUA: Final = r"""#!lua flags=no-writes
 local behind = nil
 if ARGV[1] ~= '' then
@@ -255,8 +256,8 @@ return found
 """
 )
 
-# KEYS[2] is a table's index; the buckets' keys begin with it. ARGV: the type of the buckets; the bound of the first bucket in the
-# index; that bucket's number, and the field or the bound of the member behind which to begin there; the limit. Answers
+# KEYS[2] is a table's index; the buckets' keys begin with it. ARGV: the type of the buckets; the bound of the first bucket in
+# the index; that bucket's number, and the field or the bound of the member behind which to begin there; the limit. Answers
 # bucket, field, value, bucket … for hashes and bucket, member, bucket … for sorted sets.
 _SCAN: Final = Script(
     _READ_LUA
@@ -331,8 +332,8 @@ return found
 """
 )
 
-# KEYS[2] is a directory's bucket, KEYS[3] the index of the inodes, with which their buckets' keys begin. ARGV: lower bound, limit.
-# Answers member, inode … where an inode's value may be missing. Where in a member the inode's number is says encoding.
+# KEYS[2] is a directory's bucket, KEYS[3] the index of the inodes, with which their buckets' keys begin. ARGV: lower bound,
+# limit. Answers member, inode … where an inode's value may be missing. Where in a member the inode's number is says encoding.
 _SCAN_DIR: Final = Script(
     _READ_LUA
     + r"""
@@ -362,7 +363,10 @@ _Decode = Callable[[Any], Iterator[Row]]
 
 
 class Load:
-    """One call of load(): what it asks for, and the rows in the answer. What is left of large groups is asked for in further steps."""
+    """One call of load(): what it asks for, and the rows in the answer.
+
+    What is left of large groups is asked for in further steps.
+    """
 
     script: Final = _LOAD
 

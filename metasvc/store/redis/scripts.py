@@ -1,12 +1,13 @@
 """Scripts of the server: sent by their digest, and as they are where the server does not know them.
 
 A script is one step: nothing else runs between its first and its last command, and what it changes is one transaction of the
-append-only file, which is found there wholly or not at all. But nothing that it did before an error is taken back. So each script
-that changes anything looks at everything first: who owns the volume, types of the keys, the number of its arguments, and
+append-only file, which is found there wholly or not at all. But nothing that it did before an error is taken back. So each
+script that changes anything looks at everything first: who owns the volume, types of the keys, the number of its arguments, and
 whether the user may run the commands; behind the first command that writes there is none that can fail.
 
 Scripts begin with ``#!lua`` (Redis 7): the server refuses one that may write, before it begins, where it is out of memory, a
-replica, cut off from its own replicas (min-replicas-to-write) or cannot save. Scripts of reads say ``flags=no-writes`` and run there.
+replica, cut off from its own replicas (min-replicas-to-write) or cannot save. Scripts of reads say ``flags=no-writes`` and
+run there.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ async def check_server(link: Link, at: str) -> None:
     version = tuple(int(part) if part.isdigit() else 0 for part in link.hello.version.split(".")[:2])
     if version < MIN_VERSION:
         raise StoreError(
-            f"{at} is version {link.hello.version or 'unknown'}: use Redis {'.'.join(map(str, MIN_VERSION))} or newer, or Valkey"
+            f"{at} is version {link.hello.version or 'unknown'}: "
+            f"use Redis {MIN_VERSION[0]}.{MIN_VERSION[1]} or newer, or Valkey"
         )
     settings = await _settings(link)
     policy = settings.get("maxmemory-policy")

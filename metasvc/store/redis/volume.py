@@ -12,9 +12,9 @@ last one is known. Interleavings:
   is applied then; the commit finds out, settles, and is sent again.
 - An ownership that was taken by another handle is unknown here at first, which is one more trip, no more.
 
-``_seen`` is the highest batch that this handle has committed or was told of as owner. Reads go to a server that has it, or wait for
-one: in a fail-over the connections for reads may lead to the old server for longer than those for changes. A handle that owns
-nothing has seen nothing, and reads whatever a server has.
+``_seen`` is the highest batch that this handle has committed or was told of as owner. Reads go to a server that has it, or
+wait for one: in a fail-over the connections for reads may lead to the old server for longer than those for changes. A handle
+that owns nothing has seen nothing, and reads whatever a server has.
 """
 
 from __future__ import annotations

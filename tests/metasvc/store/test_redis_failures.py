@@ -18,17 +18,20 @@ from redis.exceptions import ResponseError
 
 from chunkstore.geometry import SliceId
 from metasvc.errors import Fenced, NotOwner, SchemaTooNew, StoreError, StoreRefused, VolumeExists, VolumeMissing
-from metasvc.model import ROOT_INO, Counter, Dentry, Ino, Slice
+from metasvc.model import ROOT_INO, Counter, Dentry, Ino, Slice, Xattr
 from metasvc.store.open import open_store, without_password
+from metasvc.store.redis import catalog
 from metasvc.store.redis import ownership as owning
 from metasvc.store.redis import server as server_module
 from metasvc.store.redis.address import Address
-from metasvc.store.redis.connections import Lane, Routes
+from metasvc.store.redis.connections import Lane, Routes, connect
 from metasvc.store.redis.foreign_errors import Unavailable, translate
-from metasvc.store.redis.keys import SCHEMA_VERSION
+from metasvc.store.redis.keys import SCHEMA_VERSION, VolumeKeys, shape_of
 from metasvc.store.redis.link import Link
+from metasvc.store.redis.rows import Changes, Scan
 from metasvc.store.tables import COUNTER, DENTRY, INODE, SLICE, TABLES, XATTR, Batch, Row
 from tests.metasvc.store.contract import NOTHING, acquire, all_rows
+from tests.metasvc.store.redis_guide import rights_of_the_guide
 from tests.metasvc.store.redis_world import RedisWorld
 from tests.metasvc.store.rows_of import INT64_MAX, batch_of, example_row, volume_format
 from tests.servers.ports import HOST, free_ports
@@ -251,8 +254,6 @@ async def test_a_script_that_meets_a_key_of_another_type_changes_nothing(
         await volume.commit(owner, 1, NOTHING)
         index = (await world.volume_key()).removesuffix("volume") + table.name
         rows = _wide_batch(3).puts[table]
-        from metasvc.store.redis.keys import shape_of
-
         last = max(shape_of[table].bucket(table.key_of(row)) for row in rows)
         key = index.encode() + (b":" + last if what == "bucket" else b"")
         await world.command("SET", key, "something else")
@@ -299,9 +300,6 @@ async def test_a_commit_whose_arguments_do_not_add_up_changes_nothing(world: Red
         owner = await acquire(volume)
         await volume.commit(owner, 1, NOTHING)
         key = (await world.volume_key()).encode()
-        from metasvc.store.redis.keys import VolumeKeys
-        from metasvc.store.redis.rows import Changes
-
         changes = Changes(VolumeKeys(world.prefix, int(key.split(b"{")[1].split(b"}")[0])), _wide_batch(0))
         keys = [key, *changes.keys]
         arguments = [b"first", b"1", b"0", b"1", b"2", *changes.arguments]
@@ -466,8 +464,6 @@ async def test_a_user_who_lost_a_right_changes_nothing(own_world: RedisWorld, fo
 async def test_the_rights_that_the_guide_names_are_enough(own_world: RedisWorld) -> None:
     server = own_world.server
     administrator = RedisAt(server.host, server.port, user="default", password="administrator")
-    from tests.metasvc.store.redis_guide import rights_of_the_guide
-
     await asyncio.to_thread(
         administrator.command,
         "ACL",
@@ -716,14 +712,14 @@ async def test_a_volume_that_was_never_named_goes_with_one_that_is_deleted_when_
         assert await world.keys() == nothing_but_one
 
 
-async def test_who_takes_too_long_to_make_a_volume_is_refused(world: RedisWorld) -> None:
+async def test_who_takes_too_long_to_make_a_volume_is_refused(
+    world: RedisWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with world.running():
         store = await world.process()
         await world.command("SET", f"{world.prefix}:{{catalog}}:last_volume", 6)
         making = store.create_volume(volume_format(), NOTHING)
         doomed = f"{world.prefix}:{{catalog}}:doomed"
-        from metasvc.store.redis import catalog
-
         # As if half an hour had passed before it got its name.
         enter = catalog.enter
 
@@ -731,12 +727,10 @@ async def test_who_takes_too_long_to_make_a_volume_is_refused(world: RedisWorld)
             await world.command("ZADD", doomed, int((await world.command("TIME"))[0]) + 1000, 7)
             return await enter(*arguments)
 
-        catalog.enter = late
-        try:
+        with monkeypatch.context() as changed:
+            changed.setattr(catalog, "enter", late)
             with pytest.raises(StoreError, match=r"took too long: try again"):
                 await making
-        finally:
-            catalog.enter = enter
         assert list(await store.list_volumes()) == []
         await store.create_volume(volume_format(), NOTHING)
 
@@ -835,17 +829,15 @@ async def test_an_owner_that_lost_the_server_s_last_moments_stops(own_redis: Red
             path.write_bytes(data)
         own_redis.start()
         # The owner knows of batch 2: it does not read a world without it.
-        monkey = volume._reads  # type: ignore[attr-defined]
+        reads = volume._reads  # type: ignore[attr-defined]
         with pytest.raises(Unavailable, match=r"lacks what was committed"):
-            await monkey.call(_stale_read(volume), tag="1", deadline_s=0.2)
+            await reads.call(_stale_read(volume), tag="1", deadline_s=0.2)
         with pytest.raises((Fenced, StoreError)):
             await volume.commit(owner, 3, batch_of(Counter("n", 3)))
         assert await reader.scan(COUNTER, after=None, limit=9) == [Counter("n", 1)]
 
 
 def _stale_read(volume: Any) -> Any:
-    from metasvc.store.redis.rows import Scan
-
     page = Scan(volume._keys, COUNTER, None, 9)
 
     async def work(link: Link) -> Any:
@@ -881,8 +873,6 @@ async def test_each_error_of_the_server_becomes_one_line_with_a_remedy(
 ) -> None:
     link = None
     try:
-        from metasvc.store.redis.connections import connect
-
         link = await connect(Address.parse(world.url))
         with pytest.raises(Exception) as failure:
             await link.command(b"EVAL", b"return redis.error_reply(ARGV[1])", 0, answer)
@@ -911,8 +901,6 @@ async def test_text_keys_and_large_values_share_a_bucket(world: RedisWorld) -> N
     async with world.running():
         volume = await world.volume()
         owner = await acquire(volume)
-        from metasvc.model import Xattr
-
         xattrs = [Xattr(Ino(n % 3), b"user.%d" % n, os.urandom(1 << (n % 17))) for n in range(90)]
         await volume.commit(owner, 1, batch_of(*xattrs))
         assert await volume.scan(XATTR, after=None, limit=1000) == sorted(xattrs)

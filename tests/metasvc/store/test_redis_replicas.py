@@ -26,10 +26,10 @@ def replica(own_redis: Redis) -> Iterator[Redis]:
         yield replica
 
 
-def both(server: Redis, replica: Redis, **parameters: str | int) -> str:
+def both(server: Redis, replica: Redis) -> str:
     """Return the URL of both servers."""
     at = f"{server.host}:{server.port}"
-    return server.url(**parameters).replace(at, f"{at},{replica.host}:{replica.port}")
+    return server.url().replace(at, f"{at},{replica.host}:{replica.port}")
 
 
 def until_the_same(server: Redis, replica: Redis) -> None:

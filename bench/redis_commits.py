@@ -207,6 +207,38 @@ async def _fill_plain(server: Redis, *, in_directory: int) -> None:
     await client.aclose()
 
 
+async def _fill_shape(server: Redis, *, shape: str) -> None:
+    """Inodes only, in one of the shapes that were thought of."""
+    client = redis.asyncio.Redis(
+        host=server.host, port=server.port, username=server.user, password=server.password, protocol=2
+    )
+    kind, _, size = shape.partition(" ")
+    rows = [inode for inode, *_ in _files(_FILES, in_directory=1000)]
+    for first in range(0, len(rows), 500):
+        async with client.pipeline(transaction=False) as pipe:
+            for row in rows[first : first + 500]:
+                ino, packed = row.ino, codec_of[INODE].pack(row)
+                if kind == "string":
+                    pipe.set(f"atoll:{{1}}:inode:{ino}", packed)
+                elif kind == "hash":
+                    pipe.hset(f"atoll:{{1}}:inode:{ino // int(size)}", str(ino % int(size)), packed)
+                else:
+                    pipe.zadd(f"atoll:{{1}}:inode:{ino // int(size)}", {ordered_int(ino % int(size)) + packed: 0})
+            await pipe.execute()
+    if kind == "hash":
+        # What it costs to replace a row in a full bucket.
+        server.command("CONFIG", "RESETSTAT")
+        async with client.pipeline(transaction=False) as pipe:
+            for row in rows[:50_000]:
+                pipe.hset(
+                    f"atoll:{{1}}:inode:{row.ino // int(size)}", str(row.ino % int(size)), codec_of[INODE].pack(row)
+                )
+            await pipe.execute()
+        stats = server.command("INFO", "commandstats").decode().partition("cmdstat_hset:")[2]
+        print(f"    HSET of one row: {stats.partition('usec_per_call=')[2].partition(',')[0]} us")
+    await client.aclose()
+
+
 def _memory(title: str, fill: Callable[[Redis], Coroutine[Any, Any, None]]) -> None:
     with Redis(appendonly="no") as server:
         before = _used(server)
@@ -233,6 +265,8 @@ def main(seconds: float, memory: bool) -> None:  # noqa: FBT001
         uvloop.run(_measure(server, seconds))
     if not memory:
         return
+    for shape in ("string", "hash 16", "hash 32", "hash 64", "hash 128", "zset 64", "zset 1000000000"):
+        _memory(f"inodes only: {shape}", partial(_fill_shape, shape=shape))
     for in_directory in (50, 100, 1000, _FILES):
         where = f"{in_directory:,} names in a directory"
         _memory(f"ours, {where}", partial(_fill_ours, in_directory=in_directory, with_content=False))

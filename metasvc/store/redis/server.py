@@ -79,6 +79,8 @@ def _weak(settings: dict[str, str]) -> str:
         return f"runs with appendonly {settings.get('appendonly', 'unknown')}"
     if settings.get("appendfsync") != "always":
         return f"runs with appendfsync {settings.get('appendfsync', 'unknown')}"
+    if settings.get("no-appendfsync-on-rewrite") == "yes":
+        return "runs with no-appendfsync-on-rewrite yes"
     return ""
 
 

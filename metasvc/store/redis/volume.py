@@ -14,7 +14,7 @@ last one is known. Interleavings:
 
 ``_seen`` is the highest batch that this handle has committed or was told of as owner. Reads go to a server that has it, or
 wait for one: in a fail-over the connections for reads may lead to the old server for longer than those for changes. A handle
-that owns nothing has seen nothing, and reads whatever a server has.
+that owns nothing has seen nothing, and reads whatever a server has. An owner whose server has lost what was seen is fenced.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from metasvc.api.volume_format import check_same_volume, dump_format
-from metasvc.errors import StoreError
+from metasvc.errors import Fenced, StoreError
 from metasvc.model import Dentry, Inode, VolumeFormat
 from metasvc.store import Loaded, Ownership
 from metasvc.store.redis import ownership as owning
@@ -125,6 +125,10 @@ class RedisVolume:
             return await owning.settle(link, self._keys, ownership)
 
         settled = await self._change(work, again=True)
+        if settled.last_batch < int(self._seen or 0):
+            raise Fenced(
+                f"{self._changes.at} lacks batch {self._seen.decode()}, which it had: another server took over, or it lost data"
+            )
         self._settled = (ownership.nonce, ownership.epoch, settled.attempt)
         self._seen = b"%d" % settled.last_batch
         return settled.last_batch

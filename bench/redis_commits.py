@@ -235,7 +235,7 @@ async def _fill_shape(server: Redis, *, shape: str) -> None:
                 )
             await pipe.execute()
         stats = server.command("INFO", "commandstats").decode().partition("cmdstat_hset:")[2]
-        print(f"    HSET of one row: {stats.partition('usec_per_call=')[2].partition(',')[0]} us")
+        print(f"{shape}, HSET of one row: {stats.partition('usec_per_call=')[2].partition(',')[0]} us")
     await client.aclose()
 
 

@@ -79,7 +79,7 @@ return 0
 )
 # KEYS: volumes, doomed. ARGV: place, id.
 _STRIKE: Final = Script(
-    """#!lua
+    """#!lua flags=allow-oom
 redis.call('ZCARD', KEYS[1])
 redis.call('ZADD', KEYS[2], redis.call('TIME')[1], ARGV[2])
 redis.call('ZREM', KEYS[1], ARGV[1] .. ARGV[2])

@@ -39,6 +39,10 @@ _US: Final = 1_000_000
 _MAKING_S: Final = 60
 """The first rows of a volume may arrive so long after its id was given out: later, somebody may have cleaned up behind it."""
 
+# Scripts that keep, change and end an ownership run where memory is full, too: who cannot renew would lose the volume, and
+# deleting a volume is one way to have memory again.
+_HEAD: Final = "#!lua"
+_SMALL_HEAD: Final = "#!lua flags=allow-oom"
 # All times are microseconds: below 2^53, hence exact in Lua's numbers.
 _NOW_LUA: Final = """
 local function now()
@@ -53,7 +57,7 @@ end
 _STATE_LUA: Final = """
 local own = redis.call('HMGET', KEYS[1], 'nonce', 'epoch', 'attempt', 'last_batch', 'address', 'deleted', 'expires')
 """
-_OWNED_LUA: Final = f"""#!lua
+_OWNED_LUA: Final = f"""
 {_STATE_LUA}
 if own[1] ~= ARGV[1] or own[2] ~= ARGV[2] then
     return own
@@ -63,7 +67,7 @@ end
 # ARGV: nonce, address, microseconds, the epoch that is to be followed. Answers 0, epoch and last batch; 1, address and
 # microseconds that are left of another's ownership; 2 and the epoch that is there; 3: no such volume.
 _ACQUIRE: Final = Script(
-    f"""#!lua
+    f"""{_SMALL_HEAD}
 {_STATE_LUA}{_NOW_LUA}
 if not own[2] or own[6] then
     return {{3}}
@@ -85,21 +89,21 @@ return {{0, epoch, own[4]}}
 )
 # ARGV: nonce, epoch, microseconds.
 _RENEW: Final = Script(
-    f"""{_OWNED_LUA}{_NOW_LUA}
+    f"""{_SMALL_HEAD}{_OWNED_LUA}{_NOW_LUA}
 redis.call('HSET', KEYS[1], 'expires', whole(now() + tonumber(ARGV[3])))
 return 0
 """
 )
 # ARGV: nonce, epoch.
 _RELEASE: Final = Script(
-    f"""{_OWNED_LUA}
+    f"""{_SMALL_HEAD}{_OWNED_LUA}
 redis.call('HDEL', KEYS[1], 'nonce', 'address', 'expires')
 return 0
 """
 )
 # ARGV: nonce, epoch. Answers attempt and last batch, behind a 0.
 _SETTLE: Final = Script(
-    f"""{_OWNED_LUA}
+    f"""{_SMALL_HEAD}{_OWNED_LUA}
 local attempt = string.format('%.0f', tonumber(own[3]) + 1)
 redis.call('HSET', KEYS[1], 'attempt', attempt)
 return {{0, attempt, own[4]}}
@@ -107,7 +111,7 @@ return {{0, attempt, own[4]}}
 )
 # ARGV: nonce, epoch, attempt, format.
 _REPLACE_FORMAT: Final = Script(
-    f"""{_OWNED_LUA}
+    f"""{_HEAD}{_OWNED_LUA}
 if own[3] ~= ARGV[3] then
     return own
 end
@@ -117,7 +121,7 @@ return 0
 )
 # ARGV: nonce, epoch, attempt, the batch before, the batch; then the rows.
 _COMMIT: Final = Script(
-    f"""{_OWNED_LUA}{CHANGES_LUA}
+    f"""{_HEAD}{_OWNED_LUA}{CHANGES_LUA}
 if own[3] ~= ARGV[3] or own[4] ~= ARGV[4] then
     return own
 end
@@ -132,7 +136,7 @@ return 0
 )
 # ARGV: format, the time after which this is too late; then the rows. Answers 0; 1: there is such a volume; 2: too late.
 _CREATE: Final = Script(
-    f"""#!lua
+    f"""{_HEAD}
 {_NOW_LUA}{CHANGES_LUA}
 if redis.call('EXISTS', KEYS[1]) == 1 then
     return 1
@@ -151,7 +155,7 @@ return 0
 )
 # Answers 0; 1, address and microseconds that are left; 2: it was deleted before, or is not there.
 _DISOWN: Final = Script(
-    f"""#!lua
+    f"""{_SMALL_HEAD}
 {_STATE_LUA}{_NOW_LUA}
 if not own[2] or own[6] then
     return {{2}}

@@ -395,12 +395,10 @@ async def test_a_server_without_memory_refuses_a_batch_whole_and_takes_it_when_t
 ) -> None:
     async with own_world.running():
         volume, other = await own_world.volume(), await own_world.volume()
+        await own_world.volume(name="gone")
         owner = await acquire(volume)
         await volume.commit(owner, 1, _wide_batch(0))
-        used = int(
-            await own_world.command("MEMORY", "STATS")
-            and _info(await own_world.command("INFO", "memory"))["used_memory"]
-        )
+        used = int(_info(await own_world.command("INFO", "memory"))["used_memory"])
         await own_world.command("CONFIG", "SET", "maxmemory", used // 2)
         before = await all_rows(volume)
         # Its first row is deleted, which the server would do; puts would fail behind it.
@@ -411,8 +409,18 @@ async def test_a_server_without_memory_refuses_a_batch_whole_and_takes_it_when_t
             assert not isinstance(failure.value, StoreRefused | Unavailable)
         assert await all_rows(volume) == before
         assert await all_rows(other) == before
-        await own_world.command("CONFIG", "SET", "maxmemory", 0)
+        # The volume stays with its owner, and may change hands.
         assert await volume.last_batch(owner) == 1
+        await volume.renew(owner, ttl_s=30)
+        await volume.release(owner)
+        owner = await acquire(volume, nonce="second")
+        with pytest.raises(StoreError, match=r"has no memory left"):
+            await volume.put_format(owner, volume_format(capacity_bytes=1))
+        store = await own_world.process()
+        with pytest.raises(StoreError, match=r"has no memory left"):
+            await store.create_volume(volume_format(name="new"), NOTHING)
+        await store.delete_volume("tenant", "gone")
+        await own_world.command("CONFIG", "SET", "maxmemory", 0)
         await volume.commit(owner, 2, batch)
 
 

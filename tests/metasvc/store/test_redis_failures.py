@@ -28,7 +28,7 @@ from metasvc.store.redis.connections import Lane, Routes, connect
 from metasvc.store.redis.foreign_errors import Unavailable, translate
 from metasvc.store.redis.keys import SCHEMA_VERSION, VolumeKeys, shape_of
 from metasvc.store.redis.link import Link
-from metasvc.store.redis.rows import Changes, Scan
+from metasvc.store.redis.rows import Changes, Scan, ScanDir
 from metasvc.store.tables import COUNTER, DENTRY, INODE, SLICE, TABLES, XATTR, Batch, Row
 from tests.metasvc.store.contract import NOTHING, acquire, all_rows
 from tests.metasvc.store.redis_guide import rights_of_the_guide
@@ -851,12 +851,38 @@ async def test_an_owner_that_lost_the_server_s_last_moments_stops(own_redis: Red
 
 
 def _stale_read(volume: Any) -> Any:
-    page = Scan(volume._keys, COUNTER, None, 9)
+    return _read(volume, Scan(volume._keys, COUNTER, None, 9))
+
+
+def _read(volume: Any, page: Scan | ScanDir) -> Any:
+    """Return what a lane runs for a page: a test has a deadline of its own for it."""
 
     async def work(link: Link) -> Any:
         return await page.script.run(link, page.keys, [volume._seen, *page.arguments])
 
     return work
+
+
+@pytest.mark.parametrize("table", [INODE, DENTRY, XATTR, COUNTER], ids=repr)
+async def test_a_bucket_that_the_index_has_and_that_is_not_there_is_not_taken_for_empty(
+    world: RedisWorld, table: Any
+) -> None:
+    """As while a cluster moves a volume key by key."""
+    async with world.running():
+        volume = await world.volume()
+        owner = await acquire(volume)
+        await volume.commit(owner, 1, batch_of(*_wide_batch(0).puts[table], Dentry(ROOT_INO, b"n", Ino(9), 0)))
+        start = (await world.volume_key()).removesuffix("volume").encode() + table.name.encode() + b":"
+        (gone, *_) = [key for key in await world.keys() if key.startswith(start)]
+        await world.command("DEL", gone)
+        handle: Any = volume
+        pages: list[Scan | ScanDir] = [Scan(handle._keys, table, None, 1000)]
+        if table is INODE:
+            assert await volume.scan_dir(1, after=None, limit=0) == []
+            pages.append(ScanDir(handle._keys, 1, None, 9))
+        for page in pages:
+            with pytest.raises(Unavailable, match=r"is moving the volume"):
+                await handle._reads.call(_read(handle, page), tag=handle._keys.tag, deadline_s=0.2, again=True)
 
 
 # -- the table of errors ----------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 The program is Debian's: one binary with several names, which redis-tools brings without a daemon. ATOLL_TEST_REDIS may be the
 URL of a server that tests share then, with a user who may do everything; tests that stop or reconfigure a server always start
-one.
+one. What tests put there stays, under prefixes that begin with `world-`.
 
 Servers are ended by their pids only. Must not know AtollFS.
 """
@@ -125,6 +125,7 @@ class Redis(RedisAt):
             program = shutil.which(_PROGRAM)
             assert program is not None, "no Redis here: install redis-tools (scripts/setup.sh test)"
             (self.directory / "redis-server").symlink_to(program)
+            self._settings.setdefault("dir", str(self.directory))
             self.port = free_ports(1)[0]
             self.start()
         except BaseException:
@@ -150,7 +151,7 @@ class Redis(RedisAt):
         assert self._process is None
         self._settings |= {name.replace("_", "-"): value for name, value in settings.items()}
         lines = [f"{name} {value}" for name, value in self._settings.items()]
-        lines += [f"port {self.port}", f"dir {self.directory}", f"user {USER} on >{PASSWORD} ~* &* +@all"]
+        lines += [f"port {self.port}", f"user {USER} on >{PASSWORD} ~* &* +@all"]
         configuration = self.directory / "redis.conf"
         configuration.write_text("\n".join(lines) + "\n")
         with (self.directory / "log").open("ab") as log:
@@ -179,6 +180,10 @@ class Redis(RedisAt):
     def kill(self) -> None:
         """End it by SIGKILL, at once."""
         os.kill(self.pid, signal.SIGKILL)
+        self._wait()
+
+    def wait_for_end(self) -> None:
+        """Wait until it has ended by itself."""
         self._wait()
 
     @contextmanager
@@ -221,7 +226,7 @@ class Redis(RedisAt):
         self._process = None
 
     def _end(self) -> None:
-        if self._process is not None:
+        if self._process is not None and self._process.poll() is None:
             self.kill()
         shutil.rmtree(self.directory, ignore_errors=True)
 

@@ -59,7 +59,7 @@ Work = Callable[[Link], Awaitable[T]]
 
 
 async def connect(address: Address, node: Node | None = None, *, deadline_s: float = CONNECT_DEADLINE_S) -> Link:
-    """Connect to a server, or to the first one of the address that answers and is a master. StoreError.
+    """Connect to a server, or to the first one of the address that answers and is a master. StoreError, Unavailable.
 
     A replica of a cluster will do: it names the master. Cost: four to six trips for each server that is asked.
     """
@@ -70,7 +70,8 @@ async def connect(address: Address, node: Node | None = None, *, deadline_s: flo
         share_s = max(0.0, ends_s - asyncio.get_running_loop().time()) / left
         try:
             return await _connect(address, candidate, deadline_s=share_s)
-        except StoreError:
+        except Unavailable:
+            # What another one refuses for good is told at once: the next one may be its replica.
             if left == 1:
                 raise
     raise AssertionError("an address names at least one server")
@@ -221,10 +222,7 @@ class Lane:
                 result = await work(link)
             is_usable = True
             return result
-        except AskError:
-            is_usable = True
-            raise
-        except AtollError:
+        except (AskError, AtollError):
             is_usable = True
             raise
         except FOREIGN as exc:

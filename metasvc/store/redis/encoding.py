@@ -26,7 +26,6 @@ __all__ = [
     "IN_BUCKET",
     "NO_ROW",
     "Codec",
-    "check_key",
     "codec_of",
     "name_of",
     "ordered_int",
@@ -51,7 +50,12 @@ NO_ROW: Final = (TypeError, AttributeError, LookupError, ValueError, OverflowErr
 
 
 def ordered_int(value: int) -> bytes:
-    """Return 1 to 9 bytes that sort as the integers do: 128 + n and n bytes, or 127 - n and n bytes of value + 256**n."""
+    """Return 1 to 9 bytes that sort as the integers do: 128 + n and n bytes, or 127 - n and n bytes of value + 256**n.
+
+    OverflowError for integers of more than 64 bits.
+    """
+    if not -_SIGN <= value < _SIGN:
+        raise OverflowError("an integer of more than 64 bits")
     if value >= 0:
         size = (value.bit_length() + 7) >> 3
         return bytes((_NOT_NEGATIVE + size,)) + value.to_bytes(size, "big")
@@ -82,13 +86,6 @@ def name_of(data: bytes) -> bytes:
     if b"\1" in data:
         return data.replace(b"\1\1", b"\0").replace(b"\1\2", b"\1")
     return data
-
-
-def check_key(key: Key) -> None:
-    """Raise OverflowError for integers of more than 64 bits."""
-    for value in key:
-        if isinstance(value, int) and not -_SIGN <= value < _SIGN:
-            raise OverflowError("a key of more than 64 bits")
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------

@@ -107,14 +107,23 @@ class Shape:
         self._has_group = table.grouped and table is not DENTRY
         self._is_int = table.grouped and table.name in _INT_MEMBERS
 
+    def number(self, key: Key) -> int:
+        """Return the number of the bucket of a key, or of a group. OverflowError for one of more than 64 bits."""
+        first: int | str = key[0]
+        if isinstance(first, str):
+            return 0
+        if not -(1 << 63) <= first < 1 << 63:
+            raise OverflowError("a key of more than 64 bits")
+        return first >> self.shift
+
     def bucket(self, key: Key) -> bytes:
-        """Return the bucket of a key, or of a group."""
-        return _FIRST if isinstance(key[0], str) else ordered_int(key[0] >> self.shift)
+        """Return the bucket of a key, or of a group, as it stands in names and indexes. OverflowError."""
+        return ordered_int(self.number(key))
 
     def place(self, key: Key) -> bytes:
         """Return the field of a key's row, or what its member begins with, END included."""
         if self.is_hash:
-            return b"%d" % (key[0] & IN_BUCKET)
+            return _FIELDS[int(key[0]) & IN_BUCKET]
         last = key[-1]
         if isinstance(last, str):
             last = last.encode()
@@ -144,7 +153,7 @@ class Shape:
         return ((first, name) if self._has_group or not self.shift else (name.decode(),)), end + 1
 
 
-_FIRST: Final = ordered_int(0)
+_FIELDS: Final[list[bytes]] = [b"%d" % field for field in range(IN_BUCKET + 1)]
 _INT_MEMBERS: Final = frozenset({"chunk", "link", "sustained", "slice_range"})
 
 shape_of: Final = {table: Shape(table) for table in TABLES}

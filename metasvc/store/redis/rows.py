@@ -21,7 +21,7 @@ from typing import Any, Final
 from metasvc.errors import StoreRefused
 from metasvc.model import Dentry, Inode
 from metasvc.store import Loaded
-from metasvc.store.redis.encoding import END, NO_ROW, check_key, codec_of
+from metasvc.store.redis.encoding import END, NO_ROW, codec_of, ordered_int
 from metasvc.store.redis.keys import VolumeKeys, shape_of
 from metasvc.store.redis.scripts import Script
 from metasvc.store.tables import DENTRY, INODE, Batch, Key, Row, Table
@@ -180,23 +180,22 @@ class Changes:
 
     def _table(self, keys: VolumeKeys, table: Table, batch: Batch) -> list[bytes]:
         shape, pack = shape_of[table], codec_of[table].pack
-        bucket_of, place_of, key_size = shape.bucket, shape.place, table.key_size
-        buckets: dict[bytes, tuple[list[bytes], list[bytes]]] = {}
+        number_of, place_of, key_size = shape.number, shape.place, table.key_size
+        buckets: dict[int, tuple[list[bytes], list[bytes]]] = {}
         for row in batch.puts.get(table, ()):
             key = row[:key_size]
-            check_key(key)
-            puts, _ = buckets.setdefault(bucket_of(key), ([], []))
+            puts, _ = buckets.setdefault(number_of(key), ([], []))
             puts += (place_of(key), pack(row))
         for key in batch.deletes.get(table, ()):
-            check_key(key)
-            _, deletes = buckets.setdefault(bucket_of(key), ([], []))
+            _, deletes = buckets.setdefault(number_of(key), ([], []))
             deletes.append(place_of(key))
         if not buckets:
             return []
         start = keys.indexes[table]
         self.keys.append(start)
         arguments = [shape.kind, b"%d" % len(buckets)]
-        for bucket, (puts, deletes) in buckets.items():
+        for number, (puts, deletes) in buckets.items():
+            bucket = ordered_int(number)
             self.keys.append(start + b":" + bucket)
             arguments += (bucket, b"%d" % (len(puts) // 2), b"%d" % len(deletes), *puts, *deletes)
         return arguments

@@ -19,12 +19,13 @@ that owns nothing has seen nothing, and reads whatever a server has. An owner wh
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from typing import Any, Final, TypeVar
 
 from metasvc.api.volume_format import check_same_volume, dump_format
-from metasvc.errors import Fenced, StoreError
+from metasvc.errors import Fenced, StoreError, StoreRefused
 from metasvc.model import Dentry, Inode, VolumeFormat
 from metasvc.store import Loaded, Ownership
 from metasvc.store.redis import ownership as owning
@@ -135,18 +136,21 @@ class RedisVolume:
 
     async def load(self, keys: dict[Table, list[Key]], groups: dict[Table, list[int]]) -> Loaded:
         """Load; one trip, and one more for each 2048 rows of a group beyond the first ones, which are as they are then."""
-        asked = Load(self._keys, keys, groups)
         self._check_open()
+        with _fitting():
+            asked = Load(self._keys, keys, groups)
         while not asked.is_done:
             asked.take(await self._read(asked))
         return asked.loaded()
 
     async def scan_dir(self, parent: int, *, after: bytes | None, limit: int) -> list[tuple[Dentry, Inode | None]]:
-        page = ScanDir(self._keys, parent, after, limit)
+        with _fitting():
+            page = ScanDir(self._keys, parent, after, limit)
         return page.entries(await self._read(page))
 
     async def scan(self, table: Table, *, after: Key | None, limit: int) -> list[Row]:
-        page = Scan(self._keys, table, after, limit)
+        with _fitting():
+            page = Scan(self._keys, table, after, limit)
         return page.rows(await self._read(page))
 
     async def put_format(self, ownership: Ownership, volume_format: VolumeFormat) -> None:
@@ -190,3 +194,12 @@ class RedisVolume:
     def _check_open(self) -> None:
         if self._closed:
             raise StoreError("the volume's handle is closed")
+
+
+@contextlib.contextmanager
+def _fitting() -> Iterator[None]:
+    """Refuse keys that no row can have."""
+    try:
+        yield
+    except OverflowError as exc:
+        raise StoreRefused("a key of more than 64 bits was asked for: this is a bug, please report it") from exc

@@ -11,8 +11,10 @@ import contextlib
 import os
 import random
 import signal
-from collections.abc import AsyncIterator
+import subprocess
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -527,6 +529,81 @@ async def test_a_server_that_is_killed_during_commits_loses_nothing_and_reads_on
             await asyncio.gather(*readers)
         await is_whole(volume, number)
         assert await volume.last_batch(owner) == number
+
+
+async def test_a_file_that_ends_anywhere_has_each_batch_wholly_or_not_at_all(own_redis: Redis, seed: int) -> None:
+    """As after a loss of power, which leaves some first bytes of what was written since the last sync."""
+    chosen = random.Random(seed)
+    world = RedisWorld(own_redis)
+    async with world.running():
+        volume = await world.volume()
+        owner = await volume.acquire(nonce="first", address="here", ttl_s=3600)
+        await volume.commit(owner, 1, batch(1))
+        (path,) = (own_redis.directory / "appendonlydir").glob("*.incr.aof")
+        before = path.stat().st_size
+        await volume.commit(owner, 2, batch(2))
+        own_redis.kill()
+        data = path.read_bytes()
+        assert len(data) - before > 30 * 100
+        found = set()
+        for size in [
+            before,
+            before + 1,
+            *sorted(chosen.sample(range(before, len(data)), 12)),
+            len(data) - 1,
+            len(data),
+        ]:
+            path.write_bytes(data[:size])
+            own_redis.start()
+            # Another process: one that had seen batch 2 would read nothing less.
+            reader = await world.volume()
+            last = 2 if size == len(data) else 1
+            assert int(await world.command("HGET", await world.volume_key(), "last_batch")) == last
+            await is_whole(reader, last)
+            found.add(last)
+            own_redis.kill()
+        assert found == {1, 2}
+        own_redis.start()
+
+
+@pytest.fixture
+def small_disk(own_redis: Redis) -> Iterator[Path]:
+    """Have the server write to 2 MiB of memory (needs root)."""
+    own_redis.stop()
+    place = own_redis.directory / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], check=True)
+    try:
+        own_redis.start(dir=str(place))
+        yield place
+    finally:
+        # The server, which ends later, has files open there.
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+async def test_a_full_disk_ends_the_server_and_loses_nothing(own_redis: Redis, small_disk: Path) -> None:
+    world = RedisWorld(own_redis)
+    async with world.running():
+        volume = await world.volume()
+        owner = await volume.acquire(nonce="first", address="here", ttl_s=3600)
+        number = 0
+
+        def large(number: int) -> Batch:
+            return batch_of(*(Slice(SliceId(n), number, 1, 0, random.randbytes(10_000)) for n in range(10)))
+
+        with pytest.raises(StoreError):
+            while number < 1000:
+                await volume.commit(owner, number + 1, large(number + 1))
+                number += 1
+        assert 5 < number < 1000
+        await asyncio.to_thread(own_redis.wait_for_end)
+        assert "Can't recover from AOF write error" in own_redis.log()
+        subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+        await asyncio.to_thread(own_redis.start)
+        last = await volume.last_batch(owner)
+        assert last in (number, number + 1)
+        assert {row[1] for row in await volume.scan(SLICE, after=None, limit=99)} == {last}
+        await volume.commit(owner, last + 1, large(last + 1))
 
 
 async def test_a_server_that_shuts_down_and_starts_again_is_a_pause(own_redis: Redis) -> None:

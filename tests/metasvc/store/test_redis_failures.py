@@ -272,6 +272,19 @@ async def test_a_script_that_meets_a_key_of_another_type_changes_nothing(
         assert (await all_rows(volume)) == {table: sorted(rows) for table, rows in _wide_batch(3).puts.items()}
 
 
+async def test_a_key_that_no_row_can_have_is_refused(world: RedisWorld) -> None:
+    async with world.running():
+        volume = await world.volume()
+        for call in (
+            volume.load({INODE: [(INT64_MAX + 1,)]}, {}),
+            volume.load({}, {XATTR: [INT64_MAX + 1]}),
+            volume.scan(INODE, after=(INT64_MAX + 1,), limit=1),
+            volume.scan_dir(INT64_MAX + 1, after=None, limit=1),
+        ):
+            with pytest.raises(StoreRefused, match=r"more than 64 bits"):
+                await call
+
+
 async def test_bytes_that_are_no_row_are_told(world: RedisWorld) -> None:
     async with world.running():
         volume = await world.volume()
@@ -873,8 +886,7 @@ async def test_a_bucket_that_the_index_has_and_that_is_not_there_is_not_taken_fo
         owner = await acquire(volume)
         await volume.commit(owner, 1, batch_of(*_wide_batch(0).puts[table], Dentry(ROOT_INO, b"n", Ino(9), 0)))
         start = (await world.volume_key()).removesuffix("volume").encode() + table.name.encode() + b":"
-        (gone, *_) = [key for key in await world.keys() if key.startswith(start)]
-        await world.command("DEL", gone)
+        await world.command("DEL", *[key for key in await world.keys() if key.startswith(start)])
         handle: Any = volume
         pages: list[Scan | ScanDir] = [Scan(handle._keys, table, None, 1000)]
         if table is INODE:

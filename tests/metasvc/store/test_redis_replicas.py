@@ -60,6 +60,12 @@ async def test_of_a_master_and_a_replica_the_master_is_used_in_any_order(own_red
         await store.close()
 
 
+async def test_a_master_that_is_refused_is_told_and_not_its_replica(own_redis: Redis, replica: Redis) -> None:
+    own_redis.command("CONFIG", "SET", "maxmemory", "1gb", "maxmemory-policy", "allkeys-lru")
+    with pytest.raises(StoreError, match=r"set it to noeviction"):
+        await open_store(both(own_redis, replica), create=True)
+
+
 async def test_a_master_with_too_few_replicas_takes_no_changes_and_answers_reads(
     own_redis: Redis, replica: Redis
 ) -> None:

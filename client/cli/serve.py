@@ -36,7 +36,7 @@ _CONTAINER_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
     "store_url",
     metavar="URL",
     required=True,
-    help="sqlite:///relative, sqlite:////absolute, postgresql://user:password@host/database",
+    help="sqlite:///relative, sqlite:////absolute, postgresql://user:password@host/database, redis://user:password@host/db",
 )
 @click.option("--listen", metavar="HOST:PORT", help="Where to answer.")
 @click.option(

@@ -10,7 +10,10 @@ from metasvc.store import Store
 
 __all__ = ["open_store", "without_password"]
 
-_SCHEMES = "memory://, sqlite:///relative/path, sqlite:////absolute/path, postgresql://user:password@host/database"
+_SCHEMES = (
+    "memory://, sqlite:///relative/path, sqlite:////absolute/path, postgresql://user:password@host/database, "
+    "redis://user:password@host:port/db, rediss://…"
+)
 
 
 def without_password(url: str) -> str:
@@ -23,7 +26,8 @@ async def open_store(url: str, *, create: bool = False) -> Store:
     """Open the database of a URL; with ``create`` make it if it is not there.
 
     Schemes: ``memory://`` (a new and empty one each time), ``sqlite:///relative/path``, ``sqlite:////absolute/path``,
-    ``postgresql://`` or ``postgres://`` (metasvc.store.postgresql.address), where ``create`` makes tables, not the database.
+    ``postgresql://`` or ``postgres://`` (metasvc.store.postgresql.address), where ``create`` makes tables, not the database;
+    ``redis://`` or ``rediss://`` (metasvc.store.redis.address).
     The schema is brought up to date. Raises StoreError for another scheme or an unusable database, VolumeMissing if
     there is no database and ``create`` is false, SchemaTooNew if a newer AtollFS wrote it.
     """
@@ -40,4 +44,8 @@ async def open_store(url: str, *, create: bool = False) -> Store:
         from metasvc.store.postgresql import PostgresqlStore
 
         return await PostgresqlStore.open(url, create=create)
+    if scheme in {"redis", "rediss"} and separator:
+        from metasvc.store.redis import RedisStore
+
+        return await RedisStore.open(url, create=create)
     raise StoreError(f"the store {without_password(url)!r} is none that AtollFS knows: use one of {_SCHEMES}")

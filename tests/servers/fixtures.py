@@ -1,6 +1,7 @@
-"""Fixtures of the real servers: one S3 server and one PostgreSQL for a run of pytest, fresh buckets and fault proxies.
+"""Fixtures of the real servers: one S3 server, one PostgreSQL, one Redis for a run of pytest, fresh buckets, fault proxies.
 
-A test that stops or damages a server takes `own_s3_server`, `own_postgresql`; all others share `s3_server`, `postgresql`.
+A test that stops or damages a server takes `own_s3_server`, `own_postgresql`, `own_redis`; all others share `s3_server`,
+`postgresql`, `redis`. One that runs on stores of any kind takes `servers`, which starts what it is asked for.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pytest
 from tests.servers.buckets import Bucket
 from tests.servers.faults import FaultProxy
 from tests.servers.postgresql import PostgreSQL, installed_programs, postgresql_programs_for_all
+from tests.servers.redis import Redis, RedisAt, named_server
 from tests.servers.seaweedfs import SeaweedFS
 
 _numbers = itertools.count(1)
@@ -75,3 +77,46 @@ def own_postgresql(server_programs: Path) -> Iterator[PostgreSQL]:
     """Run a PostgreSQL that the test may kill, pause and restart."""
     with PostgreSQL(server_programs) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def redis() -> Iterator[RedisAt]:
+    """Run Redis for the whole session, or use the one that the environment names."""
+    named = named_server()
+    if named is not None:
+        yield named
+        return
+    with Redis() as server:
+        yield server
+
+
+@pytest.fixture
+def own_redis() -> Iterator[Redis]:
+    """Run a Redis that the test may kill, pause and restart."""
+    with Redis() as server:
+        yield server
+
+
+class Servers:
+    """The servers of databases that all tests share, started when they are first asked for."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self._request = request
+
+    @property
+    def postgresql(self) -> PostgreSQL:
+        """The fixture `postgresql`."""
+        server: PostgreSQL = self._request.getfixturevalue("postgresql")
+        return server
+
+    @property
+    def redis(self) -> RedisAt:
+        """The fixture `redis`."""
+        server: RedisAt = self._request.getfixturevalue("redis")
+        return server
+
+
+@pytest.fixture
+def servers(request: pytest.FixtureRequest) -> Servers:
+    """Start servers of databases as a test needs them."""
+    return Servers(request)

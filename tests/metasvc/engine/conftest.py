@@ -11,12 +11,13 @@ import pytest
 from metasvc.store import Store
 from tests.metasvc.engine.volumes import Way
 from tests.metasvc.store.kinds import KINDS, new_store_of
+from tests.servers.fixtures import Servers
 
 WAYS = {
-    "test_rules": ["direct", "wire", "sqlite", "postgresql"],
-    "test_random_operations": ["direct", "sqlite", "postgresql"],
-    "test_dump": ["direct", "sqlite", "postgresql"],
-    "test_load": ["direct", "sqlite", "postgresql"],
+    "test_rules": ["direct", "wire", "sqlite", "postgresql", "redis"],
+    "test_random_operations": ["direct", "sqlite", "postgresql", "redis"],
+    "test_dump": ["direct", "sqlite", "postgresql", "redis"],
+    "test_load": ["direct", "sqlite", "postgresql", "redis"],
 }
 """By module. "direct" and "wire" are on the store in memory, the others are direct."""
 
@@ -34,14 +35,14 @@ def _way(request: pytest.FixtureRequest) -> Iterator[None]:
     before = Way.make_store
     Way.over_the_wire = way == "wire"
     if way in KINDS:
-        server = request.getfixturevalue("postgresql") if way == "postgresql" else None
+        servers = Servers(request)
         numbers = itertools.count()
         tmp_path: Path = request.getfixturevalue("tmp_path")
 
         async def make_store() -> Store:
             directory = tmp_path / f"store-{next(numbers)}"
             directory.mkdir()
-            return await new_store_of(way, directory, server)
+            return await new_store_of(way, directory, servers)
 
         Way.make_store = staticmethod(make_store)
     yield

@@ -23,7 +23,7 @@ from metasvc.store.tables import INODE, QUOTA
 from tests.metasvc.engine.volumes import ROOT, Opened, format_volume, opened
 from tests.metasvc.store.faulty import Faults, FaultyStore
 from tests.metasvc.store.kinds import KINDS, new_store_of
-from tests.servers.postgresql import PostgreSQL
+from tests.servers.fixtures import Servers
 
 COUNTERS = (USED_BYTES, USED_INODES, TRASH_BYTES, TRASH_INODES)
 WORKERS = 4
@@ -151,10 +151,10 @@ async def make_tree(volume: Opened) -> None:
 
 @asynccontextmanager
 async def slow_volume(
-    kind: str, tmp_path: Path, server: PostgreSQL, seed: int, *, memory_bytes: int, trash_days: float
+    kind: str, tmp_path: Path, servers: Servers, seed: int, *, memory_bytes: int, trash_days: float
 ) -> AsyncIterator[Opened]:
     """Open a volume with a tree, whose store takes its time; fsck must find nothing at the end."""
-    store = await new_store_of(kind, tmp_path, server)
+    store = await new_store_of(kind, tmp_path, servers)
     slow = FaultyStore(store, Faults(seed=seed, max_yields=6))
     volume_store = await format_volume(slow, trash_days=trash_days)
     try:
@@ -185,14 +185,12 @@ async def audit_until(volume: Opened, over: asyncio.Event, rand: random.Random, 
 @pytest.mark.parametrize("trash_days", [0.0, 1.0])
 @pytest.mark.parametrize("number", range(6))
 async def test_beside_operations_there_is_never_a_false_alarm(
-    kind: str, trash_days: float, number: int, tmp_path: Path, postgresql: PostgreSQL, seed: int
+    kind: str, trash_days: float, number: int, tmp_path: Path, servers: Servers, seed: int
 ) -> None:
     seed += number
     rand = random.Random(seed)
     memory_bytes = rand.choice([60_000, 200_000, 50_000_000])
-    async with slow_volume(
-        kind, tmp_path, postgresql, seed, memory_bytes=memory_bytes, trash_days=trash_days
-    ) as volume:
+    async with slow_volume(kind, tmp_path, servers, seed, memory_bytes=memory_bytes, trash_days=trash_days) as volume:
         over = asyncio.Event()
         auditing = asyncio.create_task(audit_until(volume, over, rand, cuts=0.2))
         workers = [Worker(volume, seed * 100 + worker) for worker in range(WORKERS)]
@@ -207,13 +205,13 @@ async def test_beside_operations_there_is_never_a_false_alarm(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("number", range(6))
 async def test_what_was_made_wrong_is_found_to_the_byte_beside_operations(
-    kind: str, number: int, tmp_path: Path, postgresql: PostgreSQL, seed: int
+    kind: str, number: int, tmp_path: Path, servers: Servers, seed: int
 ) -> None:
     seed += number
     rand = random.Random(seed)
     made_wrong: Tally[tuple[str, Ino]] = Tally()
     memory_bytes = rand.choice([60_000, 50_000_000])
-    async with slow_volume(kind, tmp_path, postgresql, seed, memory_bytes=memory_bytes, trash_days=1.0) as volume:
+    async with slow_volume(kind, tmp_path, servers, seed, memory_bytes=memory_bytes, trash_days=1.0) as volume:
         # So that it is never removed with its quota.
         kept = await volume.meta.mkdir(ROOT, ROOT_INO, b"kept", mode=0o755)
         await volume.meta.mkdir(ROOT, kept.ino, b"here", mode=0o755)

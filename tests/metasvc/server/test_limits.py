@@ -35,7 +35,7 @@ from metasvc.store.tables import GARBAGE, SLICE_RANGE, SUSTAINED
 from tests.metasvc.server.served import Client, Cutter, Served, connected, served
 from tests.metasvc.server.test_sessions import ROOT, stored
 from tests.metasvc.store.kinds import KINDS
-from tests.servers.postgresql import PostgreSQL
+from tests.servers.fixtures import Servers
 
 
 async def believed(service: Served, client: Client) -> dict[Ino, int]:
@@ -240,10 +240,10 @@ async def test_an_open_whose_answer_is_too_large_is_not_counted(monkeypatch: pyt
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_numbers_that_nobody_can_have_end_the_stream_and_not_the_volume(
-    kind: str, tmp_path: Path, postgresql: PostgreSQL
+    kind: str, tmp_path: Path, servers: Servers
 ) -> None:
     async with (
-        stored(kind, tmp_path, postgresql) as store,
+        stored(kind, tmp_path, servers) as store,
         served(store) as service,
         connected(service) as bystander,
         connected(service) as client,

@@ -26,14 +26,14 @@ from metasvc.store.memory import MemoryStore
 from tests.metasvc.engine.volumes import volume_format
 from tests.metasvc.server.served import Client, Cutter, Served, connected, served
 from tests.metasvc.store.kinds import KINDS, new_store_of
-from tests.servers.postgresql import PostgreSQL
+from tests.servers.fixtures import Servers
 
 ROOT = Caller()
 
 
 @asynccontextmanager
-async def stored(kind: str, directory: Path, server: PostgreSQL | None = None) -> AsyncIterator[Store]:
-    store = await new_store_of(kind, directory, server)
+async def stored(kind: str, directory: Path, servers: Servers | None = None) -> AsyncIterator[Store]:
+    store = await new_store_of(kind, directory, servers)
     form = volume_format()
     await store.create_volume(form, first_rows(form))
     try:
@@ -110,10 +110,10 @@ async def connected_again(*clients: Client, times: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_connections_cut_at_random_lose_and_repeat_nothing(
-    kind: str, tmp_path: Path, postgresql: PostgreSQL, seed: int
+    kind: str, tmp_path: Path, servers: Servers, seed: int
 ) -> None:
     rand = random.Random(seed)
-    async with stored(kind, tmp_path, postgresql) as store, served(store) as service, Cutter(service.port) as cutter:
+    async with stored(kind, tmp_path, servers) as store, served(store) as service, Cutter(service.port) as cutter:
         async with connected(service, port=cutter.port) as client:
             stop = asyncio.Event()
             work = [asyncio.create_task(change_until(stop, client, f"d{n}", random.Random(seed + n))) for n in range(4)]
@@ -130,11 +130,11 @@ async def test_connections_cut_at_random_lose_and_repeat_nothing(
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_restarts_of_the_service_lose_and_repeat_nothing(
-    kind: str, tmp_path: Path, postgresql: PostgreSQL, seed: int
+    kind: str, tmp_path: Path, servers: Servers, seed: int
 ) -> None:
     rand = random.Random(seed)
     async with (
-        stored(kind, tmp_path, postgresql) as store,
+        stored(kind, tmp_path, servers) as store,
         served(store) as service,
         connected(service) as one,
         connected(service) as other,

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.closing import close_all
 
-pytest_plugins = ["tests.servers.fixtures"]
+pytest_plugins = ["tests.servers.fixtures", "tests.mount.stores"]
 
 _SEED_VARIABLE = "ATOLL_TEST_SEED"
 _SEED = int(os.environ.get(_SEED_VARIABLE) or secrets.randbits(32))

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,12 +40,19 @@ class Node:
 
 
 class Log(NamedTuple):
-    """Hold what one run of the writer left in its log."""
+    """Hold what one run of the writer left in its log. A step has the times `at_ns` and, when it was done, `done_ns`."""
 
     acknowledged: list[Step]
     under_way: Step | None
     errno: int | None
     message: str
+
+    def during(self, moment_ns: int) -> Step | None:
+        """Return the acknowledged step that was under way at a moment of CLOCK_MONOTONIC, if there was one."""
+        for step in reversed(self.acknowledged):
+            if step["at_ns"] < moment_ns:
+                return step if moment_ns < step["done_ns"] else None
+        return None
 
 
 def read_log(path: Path) -> Log:
@@ -58,7 +66,7 @@ def read_log(path: Path) -> Log:
             if entry.get("done"):
                 assert announced is not None
                 assert entry["step"] == announced["step"]
-                acknowledged.append(announced)
+                acknowledged.append({**announced, "done_ns": entry["at_ns"]})
                 announced = None
             elif "errno" in entry:
                 errno, message = entry["errno"], entry["message"]
@@ -181,9 +189,11 @@ def impossible(old: bytes, new: bytes, offset: int, actual: bytes) -> str | None
 
 
 def read_tree(root: Path) -> dict[str, Node]:
-    """Read all below `root`; names of one file share a node."""
+    """Read all below `root`; names of one file share a node. AssertionError where a file counts other links than there are."""
     names: dict[str, Node] = {}
     nodes: dict[int, Node] = {}
+    links: Counter[int] = Counter()
+    counted: dict[int, int] = {}
     for directory, subdirectories, files in os.walk(root):
         for entry in (*subdirectories, *files):
             path = os.path.join(directory, entry)
@@ -191,6 +201,10 @@ def read_tree(root: Path) -> dict[str, Node]:
             if status.st_ino not in nodes:
                 nodes[status.st_ino] = read_node(path, status)
             names[os.path.relpath(path, root)] = nodes[status.st_ino]
+            if not stat.S_ISDIR(status.st_mode):
+                links[status.st_ino] += 1
+                counted[status.st_ino] = status.st_nlink
+    assert counted == links, f"links counted and found: {counted.items() ^ links.items()}"
     return names
 
 

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from tests.mount import stores
+
 ATOLL: Final = Path(sys.executable).with_name("atoll")
 """The command that the environment of these tests installed."""
 
@@ -168,9 +170,9 @@ def mounted(
     """Format a volume, embedded under `directory` unless an address is given, mount it; unmount it, and demand a clean fsck.
 
     If the body raised, the volume is unmounted all the same, by force if need be, and the body's exception is what is seen.
-    With ATOLL_TEST_METADATA=service in the environment it is the volume of a service.
+    With ATOLL_TEST_METADATA=service or ATOLL_TEST_STORE in the environment it is the volume of a service.
     """
-    if address is None and os.environ.get("ATOLL_TEST_METADATA") == "service":
+    if address is None and stores.goes_through_a_service():
         from tests.mount.service import served_and_mounted
 
         with served_and_mounted(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from tests.mount import stores
 from tests.mount.mounted import ATOLL, COMMAND_TIMEOUT_S, MountedVolume, atoll, mounted
 from tests.servers.ports import HOST, free_ports
 
@@ -28,15 +29,11 @@ class ServiceProcess:
     token: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     options: Sequence[str] = ()
-    store_url: str = ""
-    """Empty: a SQLite database in the directory."""
+    store: str = ""
+    """The URL."""
     ports: Sequence[int] = ()
     """Of all processes of the service, where it has several."""
     _process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def store(self) -> str:
-        return self.store_url or f"sqlite:///{self.directory}/service.db"
 
     @property
     def log_path(self) -> Path:
@@ -102,9 +99,9 @@ def service(
     environment: Mapping[str, str] | None = None,
     store_url: str = "",
 ) -> Iterator[ServiceProcess]:
-    """Run a service with a store of its own, under a directory unless a URL is given."""
-    given = dict(environment or {})
-    running = ServiceProcess(directory, free_ports(1)[0], environment=given, options=options, store_url=store_url)
+    """Run a service with a store of its own, of the environment's kind (tests/mount/stores.py) unless a URL is given."""
+    given, store = dict(environment or {}), store_url or stores.new_url(directory)
+    running = ServiceProcess(directory, free_ports(1)[0], environment=given, options=options, store=store)
     running.prepare()
     try:
         running.start()
@@ -121,7 +118,7 @@ def services(directory: Path, store_url: str, *, count: int) -> Iterator[list[Se
     for number, port in enumerate(ports):
         place = directory / f"service-{number}"
         place.mkdir()
-        processes.append(ServiceProcess(place, port, store_url=store_url, ports=ports))
+        processes.append(ServiceProcess(place, port, store=store_url, ports=ports))
     processes[0].prepare()
     with contextlib.ExitStack() as stack:
         for process in processes:
@@ -148,7 +145,11 @@ def mounted_from(
 
 @contextlib.contextmanager
 def served_and_mounted(
-    directory: Path, *format_options: str, mount_options: Sequence[str], environment: Mapping[str, str] | None
+    directory: Path,
+    *format_options: str,
+    mount_options: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    store_url: str = "",
 ) -> Iterator[MountedVolume]:
     """Run a service for one volume, and mount that."""
     place = directory / "service"
@@ -157,7 +158,7 @@ def served_and_mounted(
         (place / "objects").mkdir()
         format_options = (*format_options, "--bucket", f"file://{place}/objects")
     with (
-        service(place, environment=environment) as running,
+        service(place, environment=environment, store_url=store_url) as running,
         mounted_from(
             running, directory, *format_options, mount_options=mount_options, environment=environment
         ) as volume,

@@ -20,7 +20,7 @@ def written(tmp_path: Path, seed: int) -> tuple[Path, Log]:
     """Let the writer take some 250 steps in a plain directory, then stop it."""
     root, log, stop = tmp_path / "root", tmp_path / "log", tmp_path / "stop"
     root.mkdir()
-    with subprocess.Popen([sys.executable, writer.__file__, str(root), str(log), str(seed), str(stop)]) as process:
+    with subprocess.Popen([sys.executable, writer.__file__, str(stop), str(root), str(log), str(seed)]) as process:
         try:
             while count_lines([log]) < 500:
                 assert process.poll() is None

@@ -1,4 +1,4 @@
-"""Writers at work on a mount: processes of `programs/writer.py`, each in a directory of its own, and what they logged.
+"""Writers at work on a mount, of `programs/writer.py`, each in a directory of its own, and what they logged.
 
 Owns the processes, which end when asked, when the file system fails them, or by force at the end of the block.
 """
@@ -24,12 +24,13 @@ DEADLINE_S: Final = 90
 class Writers:
     """Run several writers in `count` directories below `root`, round after round, with one model each.
 
-    `outside` is a directory on another file system, for logs.
+    `outside` is a directory on another file system, for logs. Each writer is a process, or one of `threads` threads of one.
     """
 
     root: Path
     outside: Path
     count: int
+    threads: int = 1
     models: list[Model] = field(default_factory=list)
     round: int = 0
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -57,9 +58,10 @@ class Writers:
     def working(self, seed: int) -> Iterator[None]:
         """Let the writers of one round work while the body runs; none is left after it."""
         self.round += 1
-        for number in range(self.count):
-            arguments = (self.directory(number), self.log(number), f"{seed} {self.round} {number}", self.stop_file)
-            command = [sys.executable, writer.__file__, *(str(argument) for argument in arguments)]
+        for first in range(0, self.count, self.threads):
+            command = [sys.executable, writer.__file__, str(self.stop_file)]
+            for number in range(first, min(first + self.threads, self.count)):
+                command += [str(self.directory(number)), str(self.log(number)), f"{seed} {self.round} {number}"]
             self.processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL))
         try:
             yield
@@ -79,7 +81,8 @@ class Writers:
         deadline = time.monotonic() + DEADLINE_S
         while self.steps() < count and all(process.poll() is None for process in self.processes):
             assert time.monotonic() < deadline, f"{self.steps()} of {count} lines after {DEADLINE_S} s"
-            time.sleep(0.002)
+            # All logs are read each time.
+            time.sleep(0.002 if self.count < 10 else 0.05)
 
     def wait_for_end(self) -> list[int]:
         """Return the exit codes when all have ended by themselves; TimeoutExpired after 90 s."""

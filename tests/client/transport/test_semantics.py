@@ -1,4 +1,4 @@
-"""Every example of docs/semantics.md, run on a real mount."""
+"""Every example of docs/semantics.md, run on real mounts: of an embedded volume, and of a service on each kind of server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.mount import stores
 from tests.mount.mounted import MountedVolume, mounted
+from tests.mount.service import served_and_mounted
+from tests.servers.fixtures import Servers
 
 _PAGE = Path(__file__).parents[3] / "docs" / "semantics.md"
 _EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -20,10 +23,16 @@ def examples() -> list[tuple[int, str]]:
     return [(text[: match.start(1)].count("\n") + 1, match[1]) for match in _EXAMPLE.finditer(text)]
 
 
-@pytest.fixture(scope="module")
-def volume(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MountedVolume]:
+@pytest.fixture(scope="module", params=["embedded", "postgresql", "redis"])
+def volume(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MountedVolume]:
     """Yield one mount for all examples: each has a directory of its own."""
-    with mounted(tmp_path_factory.mktemp("semantics")) as mount:
+    directory = tmp_path_factory.mktemp("semantics")
+    if request.param == "embedded":
+        with mounted(directory) as mount:
+            yield mount
+        return
+    url = stores.maker_of(request.param, Servers(request))(directory)
+    with served_and_mounted(directory, store_url=url) as mount:
         yield mount
 
 

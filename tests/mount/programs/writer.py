@@ -1,9 +1,11 @@
-"""Change files at random and log what was acknowledged: `writer.py DIRECTORY LOG SEED STOP`.
+"""Change files at random and log what was acknowledged: `writer.py STOP {DIRECTORY LOG SEED} ...`.
 
+Each DIRECTORY has a writer, which is a thread of its own where there are several; several write less and keep fewer files.
 Before each step its description goes to LOG, which lies outside the file system under test, and after the call returned 0
-that it is done: what stands there as done must survive whatever happens to the file system. The first error ends the
-program with its errno in the log and exit code 0: judging it is the reader's task (`tests.mount.journal`). It also ends when
-the file STOP exists. Runs on the standard library only.
+that it is done: what stands there as done must survive whatever happens to the file system. Both lines have the time
+(CLOCK_MONOTONIC), so what was under way at a moment can be told. The first error ends the writer with its errno in the log
+and exit code 0: judging it is the reader's task (`tests.mount.journal`). All end when the file STOP exists. Runs on the
+standard library only.
 """
 
 from __future__ import annotations
@@ -13,17 +15,31 @@ import mmap
 import os
 import random
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
-MAX_FILES: Final = 60
-MAX_DIRECTORIES: Final = 12
 KIB: Final = 1 << 10
 MIB: Final = 1 << 20
 # Around what is inline, a frame, a block and several blocks; mostly small, as files are.
 SIZES: Final = (0, 1, 100, 5000, 32 * KIB, 32 * KIB + 1, 100 * KIB, 300 * KIB, MIB, 4 * MIB, 4 * MIB + 1, 6 * MIB)
 SIZE_WEIGHTS: Final = (2, 4, 10, 20, 4, 4, 10, 6, 4, 2, 2, 1)
+
+
+class Appetite(NamedTuple):
+    """Say how much a writer writes and keeps."""
+
+    sizes: tuple[int, ...]
+    weights: tuple[int, ...]
+    max_files: int
+    max_directories: int
+
+
+ALONE: Final = Appetite(SIZES, SIZE_WEIGHTS, max_files=60, max_directories=12)
+# Of 100 and more: names and the order of commits matter, not how much a machine writes.
+ONE_OF_MANY: Final = Appetite(SIZES[:6], SIZE_WEIGHTS[:6], max_files=10, max_directories=4)
 
 
 def content(token: int, size_bytes: int) -> bytes:
@@ -34,10 +50,11 @@ def content(token: int, size_bytes: int) -> bytes:
 class Writer:
     """Hold what is known of the directory: its files and directories by relative path; nobody else changes it."""
 
-    def __init__(self, root: Path, log: int, rng: random.Random) -> None:
+    def __init__(self, root: Path, log: int, rng: random.Random, appetite: Appetite) -> None:
         self.root = root
         self.log = log
         self.rng = rng
+        self.appetite = appetite
         self.step = 0
         self.directories = [""]
         self.files: list[str] = []
@@ -71,7 +88,7 @@ class Writer:
         """Take steps until one fails or `stop` exists."""
         weights, steps = [weight for weight, _ in self.steps], [step for _, step in self.steps]
         while not stop.exists():
-            if len(self.files) >= MAX_FILES:
+            if len(self.files) >= self.appetite.max_files:
                 self.unlink()
             else:
                 self.rng.choices(steps, weights)[0]()
@@ -89,7 +106,7 @@ class Writer:
 
     def write_line(self, line: dict[str, object]) -> None:
         """Append one line with a single write(2)."""
-        os.write(self.log, json.dumps(line).encode() + b"\n")
+        os.write(self.log, json.dumps({**line, "at_ns": time.monotonic_ns()}).encode() + b"\n")
 
     def path(self, name: str) -> str:
         """Return the absolute path of a relative one."""
@@ -101,7 +118,7 @@ class Writer:
 
     def size(self) -> int:
         """Choose how much to write."""
-        return self.rng.choices(SIZES, SIZE_WEIGHTS)[0]
+        return self.rng.choices(self.appetite.sizes, self.appetite.weights)[0]
 
     def put(self, descriptor: int, data: bytes, offset: int, sync: str) -> None:
         """Write in pieces as programs do, then make it durable as asked: `fsync`, `msync` or only `close`; closes."""
@@ -213,7 +230,7 @@ class Writer:
 
     def mkdir(self) -> None:
         """Make a directory."""
-        if len(self.directories) < MAX_DIRECTORIES:
+        if len(self.directories) < self.appetite.max_directories:
             name = self.new_name()
             self.logged(lambda: os.mkdir(self.path(name), 0o755), op="mkdir", name=name)
             self.directories.append(name + "/")
@@ -285,20 +302,45 @@ class Writer:
             self.logged(lambda: os.unlink(self.path(name)), op="unlink", name=name)
             self.files.remove(name)
             if links == 1:
-                os.pwrite(descriptor, content(token, MIB), 0)
+                os.pwrite(descriptor, content(token, min(MIB, self.appetite.sizes[-1])), 0)
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
 
-def main(root: str, log: str, seed: str, stop: str) -> None:
+def write(root: str, log: str, seed: str, stop: Path, appetite: Appetite) -> None:
     """Open the log and run."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        Writer(Path(root), descriptor, random.Random(seed)).run(Path(stop))
+        Writer(Path(root), descriptor, random.Random(seed), appetite).run(stop)
     except OSError as error:
         # A call between the steps failed, on which nothing depends.
         os.write(descriptor, json.dumps({"errno": error.errno, "message": str(error)}).encode() + b"\n")
+    finally:
+        os.close(descriptor)
+
+
+def main(stop: str, *places: str) -> None:
+    """Run one writer, or several in threads; ends with exit code 1 where one met anything but an error of the system."""
+    each = list(zip(places[::3], places[1::3], places[2::3], strict=True))
+    if len(each) == 1:
+        write(*each[0], Path(stop), ALONE)
+        return
+    failed: list[threading.ExceptHookArgs] = []
+    tell = threading.excepthook
+
+    def note(arguments: threading.ExceptHookArgs) -> None:
+        if arguments.exc_type is not SystemExit:
+            failed.append(arguments)
+        tell(arguments)
+
+    threading.excepthook = note
+    threads = [threading.Thread(target=write, args=(*place, Path(stop), ONE_OF_MANY)) for place in each]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -81,8 +81,14 @@ class Lane:
     def _begin(self, call: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(self._ended_by_close(call))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            # Whoever waited may have been cancelled, and nobody else asks how it ended.
+            task.exception()
 
     async def _call(self, work: Work[T], deadline_s: float, *, again: bool) -> T:
         ends_s = asyncio.get_running_loop().time() + deadline_s

@@ -147,8 +147,14 @@ class Lane:
     def _begin(self, call: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(self._ended_by_close(call))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            # Whoever waited may have been cancelled, and nobody else asks how it ended.
+            task.exception()
 
     async def _ended_by_close(self, call: Coroutine[Any, Any, T]) -> T:
         """Run a call; nobody but close() cancels it, and who waits for it was not cancelled."""

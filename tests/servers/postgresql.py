@@ -165,11 +165,17 @@ class PostgreSQL:
         self._wait()
 
     def kill(self) -> None:
-        """End all its processes by SIGKILL, at once."""
-        for pid in self._stopped():
+        """End all its processes by SIGKILL, at once, and wait until they are gone: a new server would refuse to start."""
+        pids = self._stopped()
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._wait()
+        deadline_s = time.monotonic() + _READY_S
+        for pid in pids:
+            while _runs(pid):
+                assert time.monotonic() < deadline_s, f"process {pid} is still there"
+                time.sleep(_POLL_S)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -278,8 +284,16 @@ class PostgreSQL:
 
     def _end(self) -> None:
         if self._process is not None:
-            self.kill()
+            if self._process.poll() is None:
+                self.kill()
+            self._process = None
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
 
 
 def _server_user() -> pwd.struct_passwd:

@@ -48,8 +48,10 @@ from tests.servers.redis import Redis
 WRITERS: Final = 160
 THREADS: Final = 80
 IN_FLIGHT: Final = 100
+IN_THE_KERNEL: Final = 120
+"""Some are no steps, but what a writer looks at between them."""
 ENOUGH_TO_GO_ON: Final = 150
-"""Some of them are answered before the moment comes."""
+"""Some are answered before the moment comes."""
 PAUSE_KILLED_S: Final = 15.0
 PAUSE_ENDED_S: Final = 2.0
 LEFT_OUT_OF_NAMES: Final = "asleep-"
@@ -85,21 +87,21 @@ class Scene:
         """Do one thing to all this, at a random moment at which enough is in flight, and demand that it is a pause only."""
         owner = self.owner()
         with self.writers.working(self.rng.randrange(1 << 32)):
-            waiting = self.wait_until_enough_is_in_flight(owner)
+            in_kernel = self.wait_until_enough_is_in_flight(owner)
             began_ns = time.monotonic_ns()
             self.act(what, owner)
             self.writers.wait_for_steps(self.writers.steps() + 4 * WRITERS)
             if what.startswith("owner"):
                 owner.start()
-            self.judge_round(what, began_ns, waiting)
+            self.judge_round(what, began_ns, in_kernel)
 
     def wait_until_enough_is_in_flight(self, owner: ServiceProcess) -> int:
-        """Return, at a random moment, how many requests wait in the kernel: at least 100. AssertionError after a minute.
+        """Return, at a random moment, how many requests wait in the kernel: enough. AssertionError after a minute.
 
         So many only wait where writers are faster than what serves them. So the owner stands still until they do, and is at
         work again for a moment: what it has received, and what it has sent to the store, differs each time.
         """
-        self.writers.wait_for_steps(2 * WRITERS)
+        self.writers.wait_until_all_work()
         deadline = time.monotonic() + 60
         while True:
             # The moment is the scenario; nothing is synchronised by it.
@@ -112,7 +114,7 @@ class Scene:
             finally:
                 os.kill(owner.pid, signal.SIGCONT)
             time.sleep(self.rng.uniform(0.0, 0.02))
-            if (count := self.waiting()) >= IN_FLIGHT:
+            if (count := self.waiting()) >= IN_THE_KERNEL:
                 return count
 
     def act(self, what: str, owner: ServiceProcess) -> None:
@@ -138,7 +140,7 @@ class Scene:
             case other:
                 raise AssertionError(other)
 
-    def judge_round(self, what: str, began_ns: int, waiting: int) -> None:
+    def judge_round(self, what: str, began_ns: int, in_kernel: int) -> None:
         """End the round: nobody met an error, 100 steps were under way at the moment, and all is as logged, once."""
         self.writers.stop_file.touch()
         exit_codes = self.writers.wait_for_end()
@@ -154,7 +156,7 @@ class Scene:
         )
         self.pauses.append(pause)
         print(  # noqa: T201
-            f"round {self.writers.round}: {what}, {waiting} requests in the kernel, {len(under_way)} steps under way"
+            f"round {self.writers.round}: {what}, {in_kernel} requests in the kernel, {len(under_way)} steps under way"
             f" {dict(Counter(step['op'] for step in under_way))}: no step ended for {pause.silence_s:.2f} s,"
             f" the last of them after {pause.last_s:.2f} s",
             flush=True,
@@ -308,7 +310,7 @@ async def test_an_owner_that_slept_through_its_succession_writes_nothing_and_ans
                 answered += (await session.receive()).replies
             assert not any(reply.HasField("failure") for reply in answered)
             with here.writers.working(here.rng.randrange(1 << 32)):
-                waiting = here.wait_until_enough_is_in_flight(owner)
+                in_kernel = here.wait_until_enough_is_in_flight(owner)
                 began_ns = time.monotonic_ns()
                 put_to_sleep(owner)
                 try:
@@ -319,7 +321,7 @@ async def test_an_owner_that_slept_through_its_succession_writes_nothing_and_ans
                 finally:
                     os.kill(owner.pid, signal.SIGCONT)
                 replies, end = await session.rest()
-                here.judge_round("owner asleep", began_ns, waiting)
+                here.judge_round("owner asleep", began_ns, in_kernel)
             assert replies == []
             assert isinstance(end, EndedByService), end
             successor = here.owner()

@@ -84,6 +84,15 @@ class Writers:
             # All logs are read each time.
             time.sleep(0.002 if self.count < 10 else 0.05)
 
+    def wait_until_all_work(self) -> None:
+        """Return when each writer has taken its first step; AssertionError after 90 s, or if one has ended."""
+        deadline = time.monotonic() + DEADLINE_S
+        for number in range(self.count):
+            while count_lines([self.log(number)]) < 2:
+                assert time.monotonic() < deadline, f"writer {number} has not begun after {DEADLINE_S} s"
+                assert all(process.poll() is None for process in self.processes), self.logs()[number].message
+                time.sleep(0.01)
+
     def wait_for_end(self) -> list[int]:
         """Return the exit codes when all have ended by themselves; TimeoutExpired after 90 s."""
         return [process.wait(DEADLINE_S) for process in self.processes]

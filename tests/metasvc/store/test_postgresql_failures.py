@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import subprocess
 from collections.abc import Iterator
@@ -230,6 +231,28 @@ async def test_a_server_that_stands_still_is_given_up_and_used_again_when_it_goe
     await lane.close()
     with pytest.raises(StoreError, match=r"is closed"):
         await lane.call(one, deadline_s=1)
+
+
+async def test_an_error_that_comes_when_nobody_waits_any_more_is_nobodys_bug(
+    postgresql: PostgreSQL, caplog: pytest.LogCaptureFixture
+) -> None:
+    lane = Lane(Address.parse(postgresql.url()), limit=1)
+    goes_on = asyncio.Event()
+
+    async def refused(connection: asyncpg.Connection) -> None:
+        goes_on.set()
+        await connection.execute("SELECT pg_sleep(0.2)")
+        raise Fenced("a renewal that comes too late")
+
+    call = asyncio.create_task(lane.call(refused, deadline_s=30))
+    await goes_on.wait()
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    while lane._tasks:
+        await asyncio.sleep(0.01)
+    gc.collect()
+    assert caplog.text == ""
+    await lane.close()
 
 
 async def test_a_commit_whose_connection_swallows_it_ends_and_is_settled(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import subprocess
@@ -603,6 +604,28 @@ async def test_a_server_that_stands_still_is_given_up_and_used_again_when_it_goe
     await lane.close()
     with pytest.raises(StoreError, match=r"is closed"):
         await lane.call(_ping, tag="a", deadline_s=1)
+
+
+async def test_an_error_that_comes_when_nobody_waits_any_more_is_nobodys_bug(
+    redis: RedisAt, caplog: pytest.LogCaptureFixture
+) -> None:
+    lane = Lane(Address.parse(redis.url()), Routes(), limit=1)
+    goes_on = asyncio.Event()
+
+    async def refused(link: Link) -> None:
+        goes_on.set()
+        await link.command(b"BLPOP", b"nothing-that-is-there", b"0.2")
+        raise Fenced("a renewal that comes too late")
+
+    call = asyncio.create_task(lane.call(refused, tag="a", deadline_s=30))
+    await goes_on.wait()
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    while lane._tasks:
+        await asyncio.sleep(0.01)
+    gc.collect()
+    assert caplog.text == ""
+    await lane.close()
 
 
 async def test_a_commit_whose_connection_swallows_it_ends_and_is_settled(

@@ -98,8 +98,9 @@ class Scene:
     def wait_until_enough_is_in_flight(self, owner: ServiceProcess) -> int:
         """Return, at a random moment, how many requests wait in the kernel: enough. AssertionError after a minute.
 
-        So many only wait where writers are faster than what serves them. So the owner stands still until they do, and is at
-        work again for a moment: what it has received, and what it has sent to the store, differs each time.
+        So many only wait where writers are faster than what serves them, which they are not on a busy machine. So the owner
+        stands still until they wait, and is at work again for a moment: what it has received, and has sent to the store,
+        differs each time.
         """
         self.writers.wait_until_all_work()
         deadline = time.monotonic() + 60

@@ -35,11 +35,14 @@ class Appetite(NamedTuple):
     weights: tuple[int, ...]
     max_files: int
     max_directories: int
+    syncs: tuple[str, ...]
+    """What `write` does in the end."""
 
 
-ALONE: Final = Appetite(SIZES, SIZE_WEIGHTS, max_files=60, max_directories=12)
-# Of 100 and more: names and the order of commits matter, not how much a machine writes.
-ONE_OF_MANY: Final = Appetite(SIZES[:6], SIZE_WEIGHTS[:6], max_files=10, max_directories=4)
+ALONE: Final = Appetite(SIZES, SIZE_WEIGHTS, max_files=60, max_directories=12, syncs=("close", "fsync", "msync"))
+# Of 100 and more: names and the order of commits matter, not how much a machine writes. No mappings: while a page of one
+# comes no other thread runs, for Python's lock is held.
+ONE_OF_MANY: Final = Appetite(SIZES[:6], SIZE_WEIGHTS[:6], max_files=10, max_directories=4, syncs=("close", "fsync"))
 
 
 def content(token: int, size_bytes: int) -> bytes:
@@ -181,7 +184,7 @@ class Writer:
             return
         name, size_bytes, token = self.rng.choice(self.files), self.size(), self.rng.randrange(1 << 60)
         offset = self.rng.choice((0, self.rng.randrange(1 << 13), self.rng.randrange(1 << 20)))
-        sync = self.rng.choice(("close", "fsync", "msync"))
+        sync = self.rng.choice(self.appetite.syncs)
         self.logged(
             lambda: self.put(os.open(self.path(name), os.O_RDWR), content(token, size_bytes), offset, sync),
             op="write",

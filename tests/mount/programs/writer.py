@@ -37,17 +37,29 @@ class Appetite(NamedTuple):
     max_directories: int
     syncs: tuple[str, ...]
     """What `write` does in the end."""
+    leaves_directory: float
+    """How probable it is that a rename chooses among all directories."""
 
 
-ALONE: Final = Appetite(SIZES, SIZE_WEIGHTS, max_files=60, max_directories=12, syncs=("close", "fsync", "msync"))
+ALONE: Final = Appetite(
+    SIZES, SIZE_WEIGHTS, max_files=60, max_directories=12, syncs=("close", "fsync", "msync"), leaves_directory=1
+)
 # Of 100 and more: names and the order of commits matter, not how much a machine writes. No mappings: while a page of one
-# comes no other thread runs, for Python's lock is held.
-ONE_OF_MANY: Final = Appetite(SIZES[:6], SIZE_WEIGHTS[:6], max_files=10, max_directories=4, syncs=("close", "fsync"))
+# comes no other thread runs, for Python's lock is held. Few renames from one directory into another: of these the kernel
+# does one at a time, and the others would wait for it in place of being in flight.
+ONE_OF_MANY: Final = Appetite(
+    SIZES[:6], SIZE_WEIGHTS[:6], max_files=10, max_directories=4, syncs=("close", "fsync"), leaves_directory=0.02
+)
 
 
 def content(token: int, size_bytes: int) -> bytes:
     """Return the bytes that a step with this token writes."""
     return random.Random(token).randbytes(size_bytes)
+
+
+def directory_of(name: str) -> str:
+    """Return the directory of a name, with its slash; empty at the top."""
+    return name[: name.rfind("/") + 1]
 
 
 class Writer:
@@ -115,9 +127,12 @@ class Writer:
         """Return the absolute path of a relative one."""
         return os.path.join(self.root, name)
 
-    def new_name(self) -> str:
-        """Choose a name that does not exist, in any directory."""
-        return f"{self.rng.choice(self.directories)}{self.rng.randrange(1 << 60):x}"
+    def new_name(self, beside: str = "") -> str:
+        """Choose a name that does not exist, in any directory, or in the one of `beside`."""
+        directory = self.rng.choice(self.directories)
+        if beside and self.rng.random() >= self.appetite.leaves_directory:
+            directory = directory_of(beside)
+        return f"{directory}{self.rng.randrange(1 << 60):x}"
 
     def size(self) -> int:
         """Choose how much to write."""
@@ -143,9 +158,9 @@ class Writer:
         finally:
             os.close(descriptor)
 
-    def new_file(self) -> None:
+    def new_file(self, beside: str = "") -> None:
         """Create a file with content."""
-        name, size_bytes, token = self.new_name(), self.size(), self.rng.randrange(1 << 60)
+        name, size_bytes, token = self.new_name(beside), self.size(), self.rng.randrange(1 << 60)
         sync = self.rng.choice(("close", "close", "fsync"))
 
         def call() -> None:
@@ -172,7 +187,7 @@ class Writer:
         if not self.files:
             return
         target = self.rng.choice(self.files)
-        self.new_file()
+        self.new_file(beside=target)
         source = self.files[-1]
         if source != target:
             self.logged(lambda: os.rename(self.path(source), self.path(target)), op="rename", name=source, to=target)
@@ -219,7 +234,8 @@ class Writer:
     def rename(self) -> None:
         """Give a file another name in any directory."""
         if self.files:
-            name, to = self.rng.choice(self.files), self.new_name()
+            name = self.rng.choice(self.files)
+            to = self.new_name(beside=name)
             self.logged(lambda: os.rename(self.path(name), self.path(to)), op="rename", name=name, to=to)
             self.files[self.files.index(name)] = to
 
@@ -227,6 +243,8 @@ class Writer:
         """Rename a file over another."""
         if len(self.files) > 1:
             name, to = self.rng.sample(self.files, 2)
+            if directory_of(name) != directory_of(to) and self.rng.random() >= self.appetite.leaves_directory:
+                return
             if not os.path.samefile(self.path(name), self.path(to)):  # then rename(2) does nothing
                 self.logged(lambda: os.rename(self.path(name), self.path(to)), op="rename", name=name, to=to)
                 self.files.remove(name)

@@ -2,13 +2,15 @@
 # Options of the underlying program go into ARGS:  make test ARGS='tests/chunkstore -k header'
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup run stop test test-all check bench
+.PHONY: help setup run stop test test-all test-stores check bench
 ARGS ?=
+# What mounts without saying of what, or starts a service without naming a store.
+MOUNTING = tests/mount tests/client/transport tests/atollfs
 # `make test` makes the same random choices each time; `make test-all` new ones, and prints their seed.
 test: export ATOLL_TEST_SEED ?= 1
 
 help: ## list the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## install Debian packages that are missing, and .venv with the command .venv/bin/atoll
 	@scripts/setup.sh runtime
@@ -23,9 +25,17 @@ test: ## run all tests but the slow ones, real servers and mounts included
 	@scripts/setup.sh runtime test
 	.venv/bin/python -m pytest -m 'not slow' --durations=10 $(ARGS)
 
-test-all: ## run every test
+test-all: ## run every test, those that mount on each kind of store too
 	@scripts/setup.sh runtime test
 	.venv/bin/python -m pytest --durations=20 $(ARGS)
+	$(if $(ARGS),,$(MAKE) test-stores)
+
+test-stores: ## run what mounts through a service on SQLite, PostgreSQL and Redis
+	@scripts/setup.sh runtime test
+	@set -e; for store in sqlite postgresql redis; do \
+	  echo "a service on $$store"; \
+	  ATOLL_TEST_STORE=$$store .venv/bin/python -m pytest -m 'not slow' $(MOUNTING) $(ARGS); \
+	done
 
 check: ## ruff, mypy and the rules about imports
 	@scripts/setup.sh runtime test

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -562,10 +563,11 @@ def test_a_stopped_daemon_is_named_and_blocks_no_command_for_long(
     (tmp_path / "second").mkdir()
     os.kill(volume.pid, signal.SIGSTOP)
     try:
-        line = run("umount", volume.path).error()
-        assert f"pid {volume.pid}" in line
-        line = run("mount", volume.address, tmp_path / "second", "--cache-dir", volume.cache_dir).error()
-        assert f"{volume.path} by pid {volume.pid} and silent" in line
+        with ThreadPoolExecutor(2) as at_once:
+            umount = at_once.submit(run, "umount", volume.path)
+            mount = at_once.submit(run, "mount", volume.address, tmp_path / "second", "--cache-dir", volume.cache_dir)
+        assert f"pid {volume.pid}" in umount.result().error()
+        assert f"{volume.path} by pid {volume.pid} and silent" in mount.result().error()
     finally:
         os.kill(volume.pid, signal.SIGCONT)
 

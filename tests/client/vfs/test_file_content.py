@@ -14,6 +14,8 @@ from chunkstore.geometry import KIB
 from client.vfs.vfs import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE, Vfs
 from metasvc.model import ROOT_INO, Ino, SetAttr
 from tests.client.vfs.volumes import ROOT, Place, VfsVolume
+from tests.metasvc.store.kinds import KINDS, new_store_of
+from tests.servers.fixtures import Servers
 
 FILE_MAX = 700 * KIB
 OPERATIONS = 600
@@ -212,12 +214,17 @@ class Mirror:
         assert bytes(await self.vfs.read(self.fh, 0, size + 10)) == self.bytes
 
 
-@pytest.mark.parametrize("run", range(8))
-def test_a_file_reads_as_it_was_written_whatever_else_happens(tmp_path: Path, seed: int, run: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "run"), [*(("memory", run) for run in range(8)), *((kind, 8) for kind in KINDS if kind != "memory")]
+)
+def test_a_file_reads_as_it_was_written_whatever_else_happens(
+    tmp_path: Path, servers: Servers, seed: int, kind: str, run: int
+) -> None:
     rng = random.Random(seed * 1000 + run)
 
     async def scenario() -> None:
-        place = Place(tmp_path)
+        store = await new_store_of(kind, tmp_path, servers)
+        place = Place(tmp_path, store=store)
         log: list[str] = []
         try:
             async with place.opened() as volume:
@@ -241,5 +248,6 @@ def test_a_file_reads_as_it_was_written_whatever_else_happens(tmp_path: Path, se
         except BaseException:
             print("last operations:", *log[-40:], sep="\n  ")  # noqa: T201 - what a failure needs
             raise
+        await store.close()
 
     asyncio.run(scenario())

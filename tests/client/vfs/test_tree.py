@@ -14,6 +14,8 @@ import pytest
 from chunkstore.errors import AtollError
 from tests.client.vfs.trees import ModelTree, Names, RealTree, VfsTree
 from tests.client.vfs.volumes import FlakyBucket, Place, VfsVolume
+from tests.metasvc.store.kinds import KINDS, new_store_of
+from tests.servers.fixtures import Servers
 
 CALLS = 1500
 NAMES = [b"a", b"b", b"c", b"d", "ä€".encode(), b"\xff\xfe"]
@@ -202,16 +204,19 @@ def new_player(volume: VfsVolume, directory: Path, rng: random.Random) -> Player
     return Player(trees, rng, volume.bucket)
 
 
-@pytest.mark.parametrize("run", range(6))
+@pytest.mark.parametrize(
+    ("kind", "run"), [*(("memory", run) for run in range(6)), *((kind, 6) for kind in KINDS if kind != "memory")]
+)
 @pytest.mark.parametrize("trash_days", [0.0, 1.0])
 def test_calls_answer_like_a_directory_of_linux_and_like_the_model(
-    tmp_path: Path, seed: int, run: int, trash_days: float
+    tmp_path: Path, servers: Servers, seed: int, kind: str, run: int, trash_days: float
 ) -> None:
     rng = random.Random(seed * 1000 + run * 10 + int(trash_days))
     previous = os.umask(0)
 
     async def scenario() -> None:
-        place = Place(tmp_path, format_changes={"trash_days": trash_days})
+        store = await new_store_of(kind, tmp_path, servers)
+        place = Place(tmp_path, format_changes={"trash_days": trash_days}, store=store)
         async with place.opened() as volume:
             player = new_player(volume, tmp_path / "real", rng)
             try:
@@ -234,6 +239,7 @@ def test_calls_answer_like_a_directory_of_linux_and_like_the_model(
         async with place.opened(fresh_cache=True) as volume:
             player.trees["vfs"] = VfsTree(volume.vfs)
             await player.compare()
+        await store.close()
 
     try:
         asyncio.run(scenario())

@@ -20,6 +20,7 @@ from client.vfs.options import VfsOptions
 from client.vfs.vfs import Vfs
 from metasvc.engine import Engine, EngineAdmin, EngineSession
 from metasvc.model import Caller, VolumeFormat
+from metasvc.store import Store
 from metasvc.store.memory import MemoryStore
 from tests.metasvc.engine.volumes import format_volume
 
@@ -121,7 +122,8 @@ class Place:
 
     path: Path
     format_changes: dict[str, Any] = field(default_factory=dict)
-    store: MemoryStore = field(default_factory=MemoryStore)
+    store: Store = field(default_factory=MemoryStore)
+    """Closed by who gave it."""
     clock: TurnedClock = field(default_factory=TurnedClock)
     form: VolumeFormat | None = None
 

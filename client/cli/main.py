@@ -30,6 +30,9 @@ COMMANDS: Final = {
     "trash": "List, restore or empty what was removed.",
     "quota": "Limit directories, or the volume.",
     "clone": "Copy a file or tree without copying bytes.",
+    "tenant": "Make, list, limit or delete tenants of a service.",
+    "token": "Make, list or revoke tokens of a service.",
+    "delete": "Delete a volume of a service.",
     "dump": "Write the names and chunk maps of a volume to a file.",
     "load": "Make a volume from a dump.",
 }

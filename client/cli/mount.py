@@ -87,7 +87,7 @@ def command(
 
     At least a tenth of the cache's file system is left free. The log lies beside the cache.
     """
-    from client.volume import Access, check_is_volume, default_cache_dir, read_token
+    from client.volume import access_by, check_is_volume, default_cache_dir
 
     if split_path(address)[1] is not None:
         raise click.UsageError(
@@ -100,7 +100,7 @@ def command(
         check_is_volume(volume)
         access = None
     else:
-        access = Access(token=read_token(token_file, env=os.environ), timeout_s=meta_timeout)
+        access = access_by(token_file, env=os.environ, timeout_s=meta_timeout)
     if metrics is not None:
         from client.metrics_server import parse_listen
 

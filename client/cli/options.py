@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -41,9 +42,28 @@ class DaysType(click.ParamType[float]):
         return days
 
 
+class DurationType(click.ParamType[float]):
+    """A duration: a number with s, m, h or d; in seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)([smhd])", value) if isinstance(value, str) else None
+        if match is None:
+            self.fail(f"{value!r} is no duration: give a number with s, m, h or d, as 90s, 12h or 30d", param, ctx)
+        return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
 SIZE = SizeType()
+DURATION = DurationType()
 DAYS = DaysType()
 COUNT = click.IntRange(0, (1 << 63) - 1)
+
+
+def token_option(function: F) -> F:
+    """Add ``--token-file``."""
+    help_text = "The token for the service  [default: ATOLL_TOKEN, ATOLL_TOKEN_FILE]"
+    return click.option("--token-file", metavar="FILE", help=help_text)(function)
 
 
 def json_option(function: F) -> F:

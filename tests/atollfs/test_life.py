@@ -23,6 +23,7 @@ from client.volume import TokenMissing, VolumeBusy
 from metasvc.errors import VolumeMissing
 from tests.atollfs.places import Place, command, embedded_place, service_place
 from tests.mount.service import ServiceProcess, service
+from tests.mount.stores import about_embedded_volumes
 
 HEAVY = "'google', 'obstore', 'blake3', 'structlog', 'pyfuse3', 'client.vfs.vfs'"
 
@@ -105,6 +106,7 @@ with AtollFileSystem(**json.loads(sys.argv[1])) as fs:
             assert fs.ls("/", detail=False) == ["/theirs"]
 
 
+@about_embedded_volumes
 def test_while_it_is_mounted_the_refusal_names_the_mount_point(tmp_path: Path) -> None:
     from tests.mount.mounted import mounted
 

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -87,6 +88,8 @@ class MountedVolume:
     environment: Mapping[str, str] = field(default_factory=dict)
     pid: int = 0
     """The process that holds the volume since the last `mount()`."""
+    objects: Path = Path()
+    """Where the objects lie, if the bucket is a directory."""
 
     def atoll(self, *arguments: str, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
         """Run a command with the volume's environment and return its stdout; CommandFailed for any exit code but 0."""
@@ -187,11 +190,14 @@ def mounted(
     top.chmod(0o755)
     path = top / "mnt"
     path.mkdir()
+    address = address or str(directory / "volume")
+    bucket_url = dict(pairwise(format_options)).get("--bucket", f"file://{address}/objects")
     volume = MountedVolume(
-        address=address or str(directory / "volume"),
+        address=address,
         path=path,
         cache_dir=cache_dir,
         environment=dict(environment or {}),
+        objects=Path(bucket_url.removeprefix("file://")),
     )
     try:
         volume.atoll("format", volume.address, *format_options)

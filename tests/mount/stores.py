@@ -58,6 +58,9 @@ def maker_of(kind: str, servers: Servers) -> Callable[[Path], str]:
     return in_directory
 
 
+about_embedded_volumes = pytest.mark.skipif(goes_through_a_service(), reason="this one is about embedded volumes")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _of_the_environment(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let `new_url` make what the environment says; its server is started now."""

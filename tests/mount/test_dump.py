@@ -17,6 +17,7 @@ import pytest
 
 from tests.mount.mounted import ATOLL, COMMAND_TIMEOUT_S, MountedVolume, atoll, is_mount_point, mounted
 from tests.mount.service import ServiceProcess, mounted_from, service
+from tests.mount.stores import about_embedded_volumes
 from tests.servers.postgresql import PostgreSQL
 
 
@@ -101,10 +102,9 @@ def dump_while_writing(volume: MountedVolume, address: str, file: Path) -> list[
     return closed
 
 
+@about_embedded_volumes
 def test_a_mounted_embedded_volume_is_dumped_and_loaded_beside_its_objects(tmp_path: Path) -> None:
     with mounted(tmp_path) as volume:
-        if volume.address.startswith("atoll://"):
-            pytest.skip("this one is about embedded volumes")
         closed = dump_while_writing(volume, volume.address, tmp_path / "dump")
         volume.unmount()
         copy = tmp_path / "copy"
@@ -197,10 +197,9 @@ def a_dump(tmp_path: Path, volume: MountedVolume, address: str) -> bytes:
     return (tmp_path / "dump").read_bytes()
 
 
+@about_embedded_volumes
 def test_a_load_into_a_directory_that_is_killed_leaves_no_volume_and_the_next_one_replaces_it(tmp_path: Path) -> None:
     with mounted(tmp_path) as volume:
-        if volume.address.startswith("atoll://"):
-            pytest.skip("this one is about embedded volumes")
         data = a_dump(tmp_path, volume, volume.address)
     target, draft = tmp_path / "copy", tmp_path / "copy.loading"
     process = begin_load(str(target), data[:-10])

@@ -12,6 +12,7 @@ import pytest
 
 from tests.mount.mounted import atoll, mounted
 from tests.mount.service import mounted_from, service
+from tests.mount.stores import about_embedded_volumes
 from tests.servers.ports import free_ports
 
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "metrics.md"
@@ -56,6 +57,7 @@ def work(path: Path) -> None:
         (path / "absent").stat()
 
 
+@about_embedded_volumes
 def test_the_page_names_every_metric_and_no_other(tmp_path: Path) -> None:
     [port, other_port, service_port] = free_ports(3)
     seen: set[str] = set()

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from chunkstore.geometry import MIB
 from client.vfs.vfs import AT_HAND_BYTES
 from tests.mount.mounted import MountedVolume, is_mount_point, mounted, wait_until_gone
+from tests.mount.stores import about_embedded_volumes
 
 
 def requests(volume: MountedVolume) -> dict[str, int]:
@@ -103,6 +104,7 @@ def test_small_files_are_read_without_a_request_for_their_bytes(tmp_path: Path) 
             assert bytes(pages) == b"short"
 
 
+@about_embedded_volumes  # of others the kernel keeps them for a second
 def test_the_kernel_keeps_names_absences_attributes_and_pages(tmp_path: Path) -> None:
     with mounted(tmp_path) as volume:
         path = volume.path / "file"

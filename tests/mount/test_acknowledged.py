@@ -295,8 +295,10 @@ def put_to_sleep(process: ServiceProcess) -> None:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["postgresql", "redis"])
+@pytest.mark.parametrize(
+    ("kind", "rounds"),
+    [("postgresql", 1), *(pytest.param(kind, 20, marks=pytest.mark.slow) for kind in ("postgresql", "redis"))],
+)
 async def test_an_owner_that_slept_through_its_succession_writes_nothing_and_answers_no_read(
     kind: str, rounds: int, tmp_path: Path, request: pytest.FixtureRequest, seed: int
 ) -> None:

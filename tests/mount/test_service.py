@@ -10,8 +10,10 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -81,37 +83,38 @@ def test_what_one_mount_replaces_or_removes_another_opens_under_its_name_or_miss
             (other.path / "d" / "f3").read_bytes()
 
 
-@pytest.mark.parametrize("how", ["listed", "looked up", "neighbours", "read before"])
-def test_what_open_finds_is_as_long_as_it_was_when_another_closed_it(tmp_path: Path, how: str) -> None:
+KNOWN_BY: Final[dict[str, Callable[[Path, list[str]], int]]] = {
+    "listed": lambda seen, names: len([entry.stat() for entry in os.scandir(seen)]),
+    "looked up": lambda seen, names: len([(seen / name).stat() for name in names]),
+    "neighbours": lambda seen, names: len(names) - 6 + len([(seen / name).stat() for name in names[:6]]),
+    "read before": lambda seen, names: len([(seen / name).read_bytes() for name in names]),
+}
+
+
+def test_what_open_finds_is_as_long_as_it_was_when_another_closed_it(tmp_path: Path) -> None:
     with (
         service(tmp_path) as running,
         mounted_from(running, tmp_path, "--bucket", directory_bucket(tmp_path)) as one,
         also_mounted(one, tmp_path) as other,
     ):
-        directory, seen = one.path / "d", other.path / "d"
-        directory.mkdir()
         names = [f"f{number:03}" for number in range(40)]
-        for name in names:
-            (directory / name).write_bytes(b"")
+        for how in KNOWN_BY:
+            (one.path / how).mkdir()
+            for name in names:
+                (one.path / how / name).write_bytes(b"")
         for round_ in range(1, 4):
             time.sleep(1.3)  # until the kernel of the other knows nothing
-            if how == "listed":
-                assert len([entry.stat() for entry in os.scandir(seen)]) == len(names)
-            elif how == "looked up":
-                assert len([(seen / name).stat() for name in names]) == len(names)
-            elif how == "neighbours":
-                assert len([(seen / name).stat() for name in names[:6]]) == 6
-            else:
-                assert len([(seen / name).read_bytes() for name in names]) == len(names)
-            content = os.urandom(1000 * round_)
-            for name in names[-20:]:
-                (directory / name).write_bytes(content)
-                descriptor = os.open(seen / name, os.O_RDONLY)
-                try:
-                    assert os.read(descriptor, 10_000) == content
-                    assert os.fstat(descriptor).st_size == len(content)
-                finally:
-                    os.close(descriptor)
+            for how, look in KNOWN_BY.items():
+                assert look(other.path / how, names) == len(names)
+                content = os.urandom(1000 * round_)
+                for name in names[-20:]:
+                    (one.path / how / name).write_bytes(content)
+                    descriptor = os.open(other.path / how / name, os.O_RDONLY)
+                    try:
+                        assert os.read(descriptor, 10_000) == content, how
+                        assert os.fstat(descriptor).st_size == len(content), how
+                    finally:
+                        os.close(descriptor)
 
 
 def test_commands_work_at_the_address_and_under_the_mount(tmp_path: Path) -> None:

@@ -20,6 +20,10 @@ def requests_waiting(mountpoint: Path) -> Iterator[Callable[[], int]]:
     Asking does not touch the mount point.
     """
     minor = os.minor(os.stat(mountpoint).st_dev)
+    usual = Path("/sys/fs/fuse/connections") / str(minor) / "waiting"
+    if usual.exists():
+        yield lambda: int(usual.read_text())
+        return
     with tempfile.TemporaryDirectory(prefix="atoll-fusectl-") as directory:
         subprocess.run(["mount", "-t", "fusectl", "none", directory], check=True, timeout=COMMAND_TIMEOUT_S)
         try:

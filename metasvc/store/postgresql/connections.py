@@ -150,7 +150,10 @@ class Lane:
         except AtollError:
             is_usable = True
             raise
-        except FOREIGN as exc:
+        except (*FOREIGN, AttributeError) as exc:
+            # The driver forgets its protocol with the connection, and looks for it where that ended between two of its steps.
+            if isinstance(exc, AttributeError) and not connection.is_closed():
+                raise
             is_usable = is_usable_after(exc)
             is_late = connection.is_closed() and asyncio.get_running_loop().time() >= ends_s
             raise translate(TimeoutError() if is_late else exc, self.at) from exc

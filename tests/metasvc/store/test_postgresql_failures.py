@@ -233,6 +233,32 @@ async def test_a_server_that_stands_still_is_given_up_and_used_again_when_it_goe
         await lane.call(one, deadline_s=1)
 
 
+async def test_a_connection_that_is_cut_between_two_steps_of_the_driver_is_one_that_was_lost(
+    postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lane = Lane(Address.parse(postgresql.url()), limit=1)
+    driver: Any = asyncpg.Connection
+    prepare = driver._get_statement
+
+    async def prepare_and_lose(connection: asyncpg.Connection, *args: Any, **more: Any) -> Any:
+        statement = await prepare(connection, *args, **more)
+        connection.terminate()
+        return statement
+
+    monkeypatch.setattr(driver, "_get_statement", prepare_and_lose)
+    with pytest.raises(Unavailable, match=r"was lost"):
+        await lane.call(lambda connection: connection.fetchval("SELECT $1::int", 1), deadline_s=30)
+    monkeypatch.undo()
+    assert await lane.call(lambda connection: connection.fetchval("SELECT $1::int", 1), deadline_s=30) == 1
+
+    async def mistaken(_connection: asyncpg.Connection) -> None:
+        raise AttributeError("a bug of ours")
+
+    with pytest.raises(AttributeError, match="a bug of ours"):
+        await lane.call(mistaken, deadline_s=30)
+    await lane.close()
+
+
 async def test_an_error_that_comes_when_nobody_waits_any_more_is_nobodys_bug(
     postgresql: PostgreSQL, caplog: pytest.LogCaptureFixture
 ) -> None:

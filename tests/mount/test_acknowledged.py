@@ -52,6 +52,8 @@ IN_THE_KERNEL: Final = 120
 """Some are no steps, but what a writer looks at between them."""
 ENOUGH_TO_GO_ON: Final = 150
 """Some are answered before the moment comes."""
+STANDS_STILL_S: Final = 2.0
+"""Far less than an ownership lasts."""
 PAUSE_KILLED_S: Final = 15.0
 PAUSE_ENDED_S: Final = 2.0
 LEFT_OUT_OF_NAMES: Final = "asleep-"
@@ -109,11 +111,12 @@ class Scene:
             time.sleep(self.rng.uniform(0.0, 1.0))
             os.kill(owner.pid, signal.SIGSTOP)
             try:
-                while self.waiting() < ENOUGH_TO_GO_ON:
-                    assert time.monotonic() < deadline, f"{self.waiting()} requests wait"
+                goes_on = time.monotonic() + STANDS_STILL_S
+                while self.waiting() < ENOUGH_TO_GO_ON and time.monotonic() < goes_on:
                     time.sleep(0.001)
             finally:
                 os.kill(owner.pid, signal.SIGCONT)
+            assert time.monotonic() < deadline, f"{self.waiting()} requests wait"
             time.sleep(self.rng.uniform(0.0, 0.02))
             if (count := self.waiting()) >= IN_THE_KERNEL:
                 return count

@@ -177,6 +177,8 @@ async def _serve(
             stack.callback(keeping.cancel)
             watching = asyncio.create_task(service.watch_tokens(), name="tokens that were revoked")
             stack.callback(watching.cancel)
+            spacing = asyncio.create_task(volumes.space.watch(), name="quotas of tenants")
+            stack.callback(spacing.cancel)
             known = "" if known_as == server else f", known as {known_as}"
             say(f"serving {without_password(store_url)} at {server}{known}, pid {os.getpid()}")
             await stop.wait()

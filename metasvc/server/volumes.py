@@ -42,6 +42,7 @@ from metasvc.errors import FsError, NotOwner, VolumeIncomplete, VolumeMissing
 from metasvc.model import Ino, SessionId, VolumeFormat
 from metasvc.server.metrics import ServiceMetrics
 from metasvc.server.session import ServedSession
+from metasvc.server.tenant_space import TenantSpace
 from metasvc.store import Store, VolumeStore
 from metasvc.store.tables import REPLIES
 
@@ -91,9 +92,11 @@ class Volume:
         *,
         expiry_s: float,
         objects_url: str,
+        space: TenantSpace | None = None,
         metrics: ServiceMetrics | None = None,
     ) -> None:
         """Take over what is open."""
+        self._space = space
         self._objects_url = objects_url
         self.engine = engine
         self.admin = EngineAdmin(engine)
@@ -121,15 +124,18 @@ class Volume:
         return_s: float,
         objects_url: str = "",
         work: Work | None = None,
+        space: TenantSpace | None = None,
         metrics: ServiceMetrics | None = None,
     ) -> Volume:
         """Own a volume, and do its work. NotOwner while another process owns it."""
         engine = await Engine.open(store, address=address, memory=memory, keep_sessions=True)
-        volume = cls(store, engine, expiry_s=expiry_s, objects_url=objects_url, metrics=metrics)
+        volume = cls(store, engine, expiry_s=expiry_s, objects_url=objects_url, space=space, metrics=metrics)
         if metrics is not None:
             engine.committer.observe = metrics.observe_commit
             engine.committer.may_block = lambda: metrics.running <= 1
         try:
+            if space is not None:
+                await space.admit(engine)
             await volume._take_up_sessions()
         except BaseException:
             await engine.close()
@@ -207,6 +213,8 @@ class Volume:
 
     async def close(self) -> None:
         """Commit, release the ownership and close. Sessions stay in the store: their clients go on with the next owner."""
+        if self._space is not None:
+            self._space.leave(self.engine)
         tasks = [*self._tasks, *self._ends]
         for task in tasks:
             task.cancel()
@@ -335,6 +343,7 @@ class Volumes:
         self._return_s = return_s
         self._server: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
         self._memory = MemoryBudget(memory_bytes)
+        self.space = TenantSpace(store)
         self._open: dict[tuple[str, str], Volume] = {}
         self._opening: dict[tuple[str, str], asyncio.Lock] = {}
         self._watches: dict[Volume, asyncio.Task[None]] = {}
@@ -384,6 +393,7 @@ class Volumes:
                     return_s=self._return_s,
                     objects_url=self._objects_url,
                     work=self._work,
+                    space=self.space,
                     metrics=self.metrics,
                 )
             except BaseException:
@@ -487,6 +497,7 @@ class Volumes:
                 watch.cancel()
             await _close_for(volume, VolumeMissing(f"volume {volume.name} was deleted"))
             await self.store.delete_volume(tenant, name)
+            await self.space.forget(tenant, volume.format.uuid)
 
     async def _watch(self, key: tuple[str, str], volume: Volume) -> None:
         await volume.engine.failed.wait()

@@ -12,13 +12,13 @@ wanting]}.
 
 Interleavings. The engine checks its allowance (metasvc.engine.accounts) in the step in which something is added.
 
-- *A share becomes larger*: first in the store, then in the engine. A process that ends between has taken what it does not use:
-  the next owner finds it, and gives back what is too much.
-- *A share becomes smaller*: first in the engine, in the step in which it was found to be too large, then in the store. Where
-  the store does not take it, it is larger there than it has to be, until the next look.
-- *Two in one process want to change shares of a tenant*: one after the other (`_turn`), for each tells the engine what it found.
-- *An owner was succeeded and does not know yet*: shares have the epoch of the owner that set them. Who becomes the owner sets it
-  (`admit`), and then one of an older epoch changes nothing any more. What it took before, its successor finds.
+- *A share becomes larger*: first in the store, then in the engine. A process that ends between has taken what it does not
+  use: the next owner finds it, and gives back what is too much.
+- *A share becomes smaller*: first in the engine, in the step in which it was found to be too large, then in the store. If the
+  store does not take it, it is larger there than it has to be, until the next look.
+- *Two in one process want to change shares of a tenant*: by turns (`_turn`), since each tells engines what it found.
+- *An owner was succeeded and does not know yet*: shares have the epoch of the owner that set them. Who becomes the owner sets
+  it (`admit`), and then one of an older epoch changes nothing any more. What it took before, its successor finds.
 - *A volume does not get what it needs*, and says so in its share (``wanting``): others give back at their next look what they
   took ahead. So for some seconds a little of the quota may be free and not to be had.
 - *A volume was deleted*: its share goes with it, or when somebody next looks for room and does not find it.

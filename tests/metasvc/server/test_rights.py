@@ -402,7 +402,6 @@ administering(
 )
 administering("a user of a subtree asks for paths", lambda w, a: a.paths_of(w.secret), "/inside")
 administering("a user of a subtree walks the volume", lambda w, a: a.resolve([b"outside", b"secret"]), "/inside")
-administering("a user of a subtree sees the sessions of others", lambda w, a: a.status(), "/inside")
 administering("a user of a subtree sees the trash", lambda w, a: a.trash_list(after=None, limit=9), "/inside")
 administering("a user of a subtree clones", lambda w, a: a.clone(ROOT, w.secret, w.inside, b"mine"), "/inside")
 administering("a reader clones", lambda w, a: a.clone(ROOT, w.file, w.inside, b"mine"), read_only=True)
@@ -601,6 +600,16 @@ async def test_what_a_subtree_has_is_reached(world: World) -> None:
         await meta.rmdir(ROOT, deep, b"deeper")
         await meta.statfs(meta.root)
         assert (await meta.lookup(deep, b"..")).ino == world.inside
+
+
+@in_world
+async def test_the_status_of_a_subtree_tells_nothing_of_others(world: World) -> None:
+    admin = RemoteAdmin(world.endpoint(await world.token("/inside")), "team/data", timeout_s=20)
+    status = await admin.status()
+    assert status.format.name == "data"
+    assert not status.sessions
+    assert not status.counters
+    assert (await world.owner.admin.status()).sessions
 
 
 @in_world

@@ -243,7 +243,7 @@ def _wanting(bytes_more: int) -> TenantFull:
 
 
 async def test_the_quota_holds_through_lost_answers_and_changes_of_owners(seed: int) -> None:
-    """Random work on three volumes in as many processes, whose settings get lost at times: never more than the quota is used."""
+    """Random work on three volumes in as many processes, whose settings get lost at times: never more is used than may be."""
     rand = random.Random(seed)
     store = Doubtful(rand)
     most = Limits(max_bytes=200 * SPACE_UNIT_BYTES, max_inodes=120)

@@ -653,6 +653,21 @@ async def test_what_is_moved_out_is_out_of_reach(world: World) -> None:
 
 
 @in_world
+async def test_a_lease_on_what_is_moved_out_is_not_extended(world: World) -> None:
+    directory = (await world.owner.meta.mkdir(ROOT, world.inside, b"dir", mode=0o755)).ino
+    deep = (await world.owner.meta.mkdir(ROOT, directory, b"deep", mode=0o755)).ino
+    async with world.session(await world.token("/inside")) as client:
+        call = client.connection.call
+        page = await call("readdir", pb.ReadDir(ino=deep, limit=9, lease=True))
+        assert list(page.leased) == [deep]
+        assert list((await call("extend_leases", pb.ExtendLeases(inos=[deep]))).leased) == [deep]
+        await world.owner.meta.rename(ROOT, world.inside, b"dir", world.outside, b"dir", flags=RenameFlags(0))
+        with pytest.raises(FsError):
+            await call("extend_leases", pb.ExtendLeases(inos=[deep]))
+        assert list((await call("extend_leases", pb.ExtendLeases(inos=[deep, client.meta.root]))).leased) == []
+
+
+@in_world
 async def test_an_open_file_without_a_name_goes_on_being_reached_by_who_opened_it(world: World) -> None:
     token = await world.token("/inside")
     async with world.session(token) as client, world.session(token) as other:

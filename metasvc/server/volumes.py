@@ -349,6 +349,7 @@ class Volumes:
         self._watches: dict[Volume, asyncio.Task[None]] = {}
         self._given: dict[tuple[str, str], tuple[Server, float]] = {}
         """To whom volumes were handed over, and until when they are left to it."""
+        self._giving_up: set[asyncio.Task[Any]] = set()
         self._is_closing = False
 
     def serve_as(self, server: Server) -> None:
@@ -465,7 +466,18 @@ class Volumes:
         mine = [(key, volume) for key, volume in self._open.items() if volume.engine.failure is None]
         mine.sort(key=lambda each: sum(session.outlet is not None for session in each[1].sessions.values()))
         too_many = min(_HANDED_OVER_AT_ONCE, (len(mine) - owned) // _UNEVEN)
-        return [volume.name for key, volume in mine[: max(0, too_many)] if await self._give(key, volume, server)]
+        given = []
+        for key, volume in mine[: max(0, too_many)]:
+            if await self._finished(self._give(key, volume, server)):
+                given.append(volume.name)
+        return given
+
+    async def _finished(self, work: Coroutine[None, None, T]) -> T:
+        """Do something to its end, also if who asked for it goes: a volume that is closed by half would be owned for ever."""
+        task = asyncio.create_task(work, name="a volume is given up")
+        self._giving_up.add(task)
+        task.add_done_callback(self._giving_up.discard)
+        return await asyncio.shield(task)
 
     async def _give(self, key: tuple[str, str], volume: Volume, server: Server) -> bool:
         async with self._opening[key]:
@@ -484,8 +496,9 @@ class Volumes:
 
         NotOwner if another process was quicker to take it when this one had given it up: ask there.
         """
-        key = tenant, name
-        volume = await self.get(tenant, name)
+        await self._finished(self._delete((tenant, name), await self.get(tenant, name)))
+
+    async def _delete(self, key: tuple[str, str], volume: Volume) -> None:
         async with self._opening[key]:
             if self._open.get(key) is not volume:
                 raise AtollError("the volume changes hands: try again", retryable=True)
@@ -496,8 +509,8 @@ class Volumes:
             if (watch := self._watches.pop(volume, None)) is not None:
                 watch.cancel()
             await _close_for(volume, VolumeMissing(f"volume {volume.name} was deleted"))
-            await self.store.delete_volume(tenant, name)
-            await self.space.forget(tenant, volume.format.uuid)
+            await self.store.delete_volume(*key)
+            await self.space.forget(key[0], volume.format.uuid)
 
     async def _watch(self, key: tuple[str, str], volume: Volume) -> None:
         await volume.engine.failed.wait()
@@ -510,18 +523,21 @@ class Volumes:
         await _close_for(volume, failure)
 
     async def close(self) -> None:
-        """Close all volumes."""
+        """Close all volumes, those included that are being opened; none is opened afterwards."""
         self._is_closing = True
         watches = list(self._watches.values())
         for watch in watches:
             watch.cancel()
-        await asyncio.gather(*watches, return_exceptions=True)
-        for volume in list(self._open.values()):
-            try:
-                await volume.close()
-            except AtollError as error:
-                log.error("volume %s did not close: %s", volume.name, error)
-        self._open.clear()
+        await asyncio.gather(*watches, *self._giving_up, return_exceptions=True)
+        for key, opening in list(self._opening.items()):
+            async with opening:
+                volume = self._open.pop(key, None)
+                if volume is None:
+                    continue
+                try:
+                    await volume.close()
+                except AtollError as error:
+                    log.error("volume %s did not close: %s", volume.name, error)
 
 
 async def _close_for(volume: Volume, reason: AtollError) -> None:

@@ -195,8 +195,7 @@ def test_the_quota_of_a_tenant_is_told_by_write_and_shown(
         assert time.monotonic() < deadline, "the quota is not noticed"
         time.sleep(0.2)
     with open(volume.path / "big", "wb") as file, pytest.raises(OSError) as refused:
-        for _ in range(100):
-            file.write(os.urandom(1 << 20))
+        file.writelines(os.urandom(1 << 20) for _ in range(100))
     assert refused.value.errno == errno.EDQUOT
     os.remove(volume.path / "big")
     (volume.path / "small").write_bytes(os.urandom(8 << 20))

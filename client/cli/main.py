@@ -31,7 +31,8 @@ COMMANDS: Final = {
     "quota": "Limit directories, or the volume.",
     "clone": "Copy a file or tree without copying bytes.",
     "dump": "Write the names and chunk maps of a volume to a file.",
-    "load": "Make a volume from a dump.",
+    "load": "Make a volume from a dump or a backup.",
+    "backups": "List the backups of a volume, or in a bucket.",
 }
 """With what ``atoll --help`` says of each; the module client.cli.NAME has the command NAME."""
 

@@ -2650,16 +2650,20 @@ class LoadRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     BUCKET_URL_FIELD_NUMBER: _builtins.int
+    LEAST_SLICE_ID_FIELD_NUMBER: _builtins.int
     bucket_url: _builtins.str
     """Where the objects of the volume are now; empty: where the dump says."""
+    least_slice_id: _builtins.int
+    """No slice id below this is given out, for there may be objects of them."""
     def __init__(
         self,
         *,
         bucket_url: _builtins.str = ...,
+        least_slice_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_url", b"bucket_url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_url", b"bucket_url", "least_slice_id", b"least_slice_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

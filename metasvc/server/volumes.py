@@ -62,6 +62,7 @@ _UNEVEN: Final = 2
 _HANDED_OVER_AT_ONCE: Final = 16
 
 if TYPE_CHECKING:
+    from metasvc.jobs.backups import Backups
     from metasvc.jobs.schedule import JobState
 
 T = TypeVar("T")
@@ -103,6 +104,8 @@ class Volume:
         self.expired_total = 0
         self.jobs: Callable[[], Mapping[str, JobState]] = dict
         """What the jobs of the volume did, by name."""
+        self.backups: Backups | None = None
+        """If backups are made of it."""
         self._metrics = metrics
         self._store = store
         self._absent: set[SessionId] = set()
@@ -164,6 +167,7 @@ class Volume:
             "leases": len(self.engine.leases),
             "lease_recalls": self.engine.leases.recalls_total,
             "lease_recalls_expired": self.engine.leases.expired_total,
+            **({} if self.backups is None else self.backups.gauges()),
         }
 
     def job_counters(self) -> dict[str, int]:

@@ -157,6 +157,9 @@ async def _is_leaked(volume: OpenVolume, found: ObjectId) -> bool:
         if await admin.is_pending(found.slice_id):
             return False
         row = await live_slice(admin, found.slice_id)
+        if row is None and await admin.is_garbage(found.slice_id):
+            # A backup may name it; what may be deleted of garbage was.
+            return False
     if row is None:
         # What is staged was committed and removed since, or is being given up; either way its turn comes.
         return volume.mounting is None or not volume.mounting.chunks.is_staged(found.slice_id)

@@ -28,6 +28,8 @@ from metasvc.model import VolumeFormat
 
 FAILURE_REST_S: Final = 60.0
 CHUNKS_AT_ONCE: Final = 16
+FIRST_BACKUP_S: Final = 1.0
+"""A volume that never was backed up does not wait, nor one whose owner ended when a backup was due."""
 
 Writing = Callable[[], AbstractAsyncContextManager[tuple[MetaClient, ChunkStore]]]
 """Opens a session, to which new slices belong, and the chunk store that they are written to. Jobs enter it at the same time."""
@@ -101,11 +103,13 @@ class Jobs:
         ]
         if self.packing is not None:
             jobs += [("packs", self.pack, rates.packs_s), ("repack", self.repack, rates.repack_s)]
-        if self.backups is not None and self.backups.policy is not None:
-            jobs.append(("backups", self.backups.back_up, rates.backups_s))
         async with asyncio.TaskGroup() as tasks:
             for name, work, rest_s in jobs:
                 tasks.create_task(self._repeat(name, work, rest_s), name=f"job {name}")
+            if self.backups is not None and self.backups.policy is not None:
+                first_s = min(FIRST_BACKUP_S, rates.backups_s)
+                repeating = self._repeat("backups", self.backups.back_up, rates.backups_s, first_s=first_s)
+                tasks.create_task(repeating, name="job backups")
             if self.audited is not None:
                 first_s = rates.counters_first_s
                 repeating = self._repeat("counters", self.audit, rates.counters_s, first_s=first_s)

@@ -163,6 +163,10 @@ async def _is_pending(admin: MetaAdmin, slice_id: int) -> pb.AdminReply:
     return pb.AdminReply(flag=await admin.is_pending(SliceId(slice_id)))
 
 
+async def _is_garbage(admin: MetaAdmin, slice_id: int) -> pb.AdminReply:
+    return pb.AdminReply(flag=await admin.is_garbage(SliceId(slice_id)))
+
+
 async def _compaction_candidates(admin: MetaAdmin, limit: int) -> pb.AdminReply:
     reply = pb.AdminReply()
     for ino, chunk in await admin.compaction_candidates(limit=_limit(limit)):
@@ -207,6 +211,7 @@ _OPERATIONS: Final[dict[str, Callable[[MetaAdmin, Any], Awaitable[pb.AdminReply]
     "garbage": _garbage,
     "garbage_deleted": _garbage_deleted,
     "is_pending_id": _is_pending,
+    "is_garbage_id": _is_garbage,
     "compaction_candidates_limit": _compaction_candidates,
     "replace_refs": _replace_refs,
     "statfs_ino": _statfs,

@@ -104,6 +104,7 @@ class _Volumes(Collector):
             "atoll_meta_used_bytes": "Bytes of the volume's files.",
             "atoll_meta_used_inodes": "Inodes of the volume.",
             "atoll_meta_leases": "Directories on which sessions have leases, or had them last.",
+            "atoll_meta_owner_epoch": "How often the volume got an owner; a step is a change of the owner.",
             "atoll_meta_backup_age_seconds": "Age of the newest backup; infinite while there is none.",
             "atoll_meta_backup_size_bytes": "What the newest backup takes.",
             "atoll_meta_backups": "Backups in the bucket.",

@@ -167,6 +167,7 @@ class Volume:
             "leases": len(self.engine.leases),
             "lease_recalls": self.engine.leases.recalls_total,
             "lease_recalls_expired": self.engine.leases.expired_total,
+            "owner_epoch": self.engine.owner.ownership.epoch,
             **({} if self.backups is None else self.backups.gauges()),
         }
 

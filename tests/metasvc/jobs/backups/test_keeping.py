@@ -35,6 +35,7 @@ from tests.metasvc.engine.volumes import ROOT, Opened, format_volume, new_store,
 from tests.metasvc.jobs.backups.test_shelf import UUID, manifest
 from tests.metasvc.jobs.places import FAST, NEVER, Place, write
 from tests.metasvc.jobs.places import ROOT as CALLER
+from tests.metasvc.server.served import connected
 
 S = 1_000_000_000
 HOURLY = BackupPolicy(every_s=3600.0, window_s=86400, clocks_apart_s=900.0)
@@ -366,3 +367,17 @@ async def test_a_list_of_backups_that_cannot_be_read_holds_all_garbage(tmp_path:
         async with running(jobs, volume), asyncio.timeout(30):
             while blocks(place, volume):
                 await asyncio.sleep(0.02)
+
+
+async def test_garbage_that_waits_is_told_from_what_nobody_knows(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    async with place.served(NEVER, trash_days=0.0) as service, place.mounted(service, "one") as vfs:
+        await write(vfs, b"gone", os.urandom(300 * KIB))
+        volume = await service.volume()
+        [row] = await volume.admin.live_slices(after=None, limit=10)
+        async with connected(service) as client:
+            assert not await client.admin.is_garbage(row.slice_id)
+            await vfs.unlink(CALLER, ROOT_INO, b"gone")
+            assert await client.admin.is_garbage(row.slice_id)
+            await client.admin.garbage_deleted([row.slice_id])
+            assert not await client.admin.is_garbage(row.slice_id)

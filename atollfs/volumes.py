@@ -37,6 +37,7 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from fsspec.asyn import get_loop, sync  # type: ignore[import-untyped]
@@ -161,7 +162,7 @@ class OpenedVolume:
         from client.staged import settle_staged, staged_in
         from client.vfs.options import VfsOptions
         from client.vfs.vfs import Vfs
-        from client.volume import Access, busy, default_cache_dir, open_volume, read_token
+        from client.volume import Access, access_by, busy, default_cache_dir, open_volume
         from metasvc.errors import NotOwner
 
         options = self.options
@@ -173,8 +174,10 @@ class OpenedVolume:
         )
         access = None
         if not isinstance(options.address, EmbeddedAddress):
-            token = options.token or read_token(options.token_file, env=os.environ)
-            access = Access(token=token, timeout_s=options.meta_timeout_s)
+            if options.token:
+                access = Access(token=options.token, timeout_s=options.meta_timeout_s)
+            else:
+                access = access_by(options.token_file, env=os.environ, timeout_s=options.meta_timeout_s)
 
         def lost() -> None:
             log.error("the volume at %s was lost: close the file system, then use it again", options.address)
@@ -198,7 +201,8 @@ class OpenedVolume:
         lengths = dict(staged_in(caches, volume.format).lengths) if volume.is_sole else {}
         chunks = await _enter_chunks(stack, options, volume, caches)
         chosen = VfsOptions.sole_session if volume.is_sole else VfsOptions
-        vfs = Vfs(meta, chunks, log=events, options=chosen(read_only=options.read_only))
+        read_only = options.read_only or meta.is_read_only
+        vfs = Vfs(meta, chunks, log=events, options=replace(chosen(read_only=read_only), root=meta.root))
         if volume.is_sole:
             staged = await chunks.recover()
             await settle_staged(volume.admin, chunks, lengths, staged, log=events)

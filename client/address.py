@@ -19,6 +19,7 @@ from metasvc.model import PATH_MAX_BYTES
 
 SERVICE_SCHEME: Final = "atoll://"
 _SERVICE_ADDRESS: Final = re.compile(r"atoll://(?P<servers>[^/]+)/(?P<tenant>[^/:]+)/(?P<volume>[^/:]+)/?")
+_SERVICE_PLACE: Final = re.compile(r"atoll://(?P<servers>[^/]+)(?:/(?P<tenant>[^/:]+)(?:/(?P<volume>[^/:]+))?)?/?")
 META_DB: Final = "meta.db"
 OBJECTS: Final = "objects"
 
@@ -71,6 +72,21 @@ class ServiceAddress:
 
 
 Address = EmbeddedAddress | ServiceAddress
+
+
+@dataclass(frozen=True, slots=True)
+class ServicePlace:
+    """A service, or something in it: a tenant, a volume, a directory of one."""
+
+    servers: tuple[Server, ...]
+    tenant: str = ""
+    volume: str = ""
+    path: bytes = b"/"
+
+    def __str__(self) -> str:
+        """Return it as users type it."""
+        parts = "/".join(part for part in (",".join(map(str, self.servers)), self.tenant, self.volume) if part)
+        return f"{SERVICE_SCHEME}{parts}{'' if self.path == b'/' else ':' + shown(self.path)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +144,20 @@ def _parse_service_address(text: str) -> ServiceAddress:
             "or atoll://HOST:PORT,HOST:PORT/TENANT/VOLUME for a service of several processes"
         )
     return ServiceAddress(servers, match["tenant"], match["volume"])
+
+
+def parse_service_place(text: str) -> ServicePlace:
+    """Read ``atoll://HOST:PORT``, with /TENANT or /TENANT/VOLUME or /TENANT/VOLUME:/path behind it. AddressInvalid."""
+    address, path = split_path(text)
+    match = _SERVICE_PLACE.fullmatch(address)
+    servers = None if match is None else parse_servers(match["servers"])
+    if match is None or servers is None or (path is not None and match["volume"] is None):
+        raise AddressInvalid(
+            f"{shown(text)} is no address of a service: give atoll://HOST:PORT, atoll://HOST:PORT/TENANT "
+            "or atoll://HOST:PORT/TENANT/VOLUME"
+        )
+    where = b"/" if path is None else normalize(os.fsencode(path))
+    return ServicePlace(servers, match["tenant"] or "", match["volume"] or "", where)
 
 
 def parse_volume_path(text: str) -> VolumePath | None:

@@ -47,7 +47,7 @@ from metasvc.api import MetaClient
 from metasvc.errors import FsError
 from metasvc.jobs.backups import BackupPolicy, Backups, Shelf
 from metasvc.jobs.schedule import Jobs
-from metasvc.model import ROOT_INO, Caller, Ino
+from metasvc.model import Caller, Ino
 
 START_BUDGET_S: Final = 10.0
 """Somebody waits at a terminal: a bucket that is away for longer is reported."""
@@ -194,6 +194,8 @@ class MountProcess:
                 )
             )
             self._volume = volume
+            if volume.meta.is_read_only:
+                request = self._request = replace(request, read_only=True)
             root = await self._find_root(volume)
             await self._check_bucket(volume)
             meta = await stack.enter_async_context(volume.session(mountpoint=request.mountpoint, root=root))
@@ -247,7 +249,7 @@ class MountProcess:
 
     async def _find_root(self, volume: OpenVolume) -> Ino:
         """Return the directory that the mount shows as its root. FsError with the remedy if it is none."""
-        ino = ROOT_INO
+        ino = volume.meta.root
         where = shown(self._request.subdir)
         for name in components(self._request.subdir):
             try:

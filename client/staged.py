@@ -111,14 +111,12 @@ async def settle_staged(
 
     ``lengths`` are those of the staged slices, read before.
     """
-    from client.admin.live import live_slice
-
     given_up = 0
     for slice_id in staged:
         # A commit of the killed mount may still be on its way: in this order, as in gc.
-        if await live_slice(admin, slice_id) is not None or await admin.is_pending(slice_id):
+        if await admin.is_live(slice_id) or await admin.is_pending(slice_id):
             continue
-        if await live_slice(admin, slice_id) is None:
+        if not await admin.is_live(slice_id):
             await chunks.delete(slice_id, lengths.get(slice_id, 0))
             given_up += 1
     if staged:

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
@@ -309,6 +310,8 @@ class Access:
     """How to get at a volume of a service."""
 
     token: str
+    reread: Callable[[], str] | None = None
+    """Returns the token as its file has it now."""
     timeout_s: float = META_TIMEOUT_S
     """How long operations wait for a service that is away."""
 
@@ -332,8 +335,14 @@ def open_volume(
     if isinstance(address, EmbeddedAddress):
         return _open_embedded(address, owner=owner, env=env, wait_s=wait_s, lost=lost)
     if access is None:
-        access = Access(token=read_token(None, env=env))
+        access = access_by(None, env=env)
     return _open_service(address, env=env, wait_s=wait_s, lost=lost, mountpoint=mountpoint, access=access)
+
+
+def access_by(path: str | None, *, env: Mapping[str, str], timeout_s: float = META_TIMEOUT_S) -> Access:
+    """Return the access by the token that read_token() finds, which is read again whenever a connection is made."""
+    reread = partial(read_token, path, env=env)
+    return Access(token=reread(), reread=reread, timeout_s=timeout_s)
 
 
 def read_token(path: str | None, *, env: Mapping[str, str]) -> str:
@@ -374,7 +383,7 @@ async def _open_service(
     from client.meta.connection import SessionConnection
     from client.meta.endpoint import Endpoint
 
-    endpoint = Endpoint(address.servers, access.token)
+    endpoint = Endpoint(address.servers, access.token, reread=access.reread)
     connection = SessionConnection(
         endpoint,
         address.name,

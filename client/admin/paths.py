@@ -12,7 +12,7 @@ from client.address import components, shown
 from client.admin.asking import Target
 from client.volume import OpenVolume
 from metasvc.errors import FsError
-from metasvc.model import NAME_MAX_BYTES, ROOT_INO, Ino, Inode
+from metasvc.model import NAME_MAX_BYTES, Ino, Inode
 
 MAX_LINKS: Final = 40
 """As Linux."""
@@ -64,7 +64,7 @@ async def find_parent(volume: OpenVolume, target: Target) -> tuple[Found, bytes]
 async def _walk(volume: OpenVolume, path: bytes, *, follow: bool) -> Found:
     meta = volume.meta
     trail: list[_At] = []
-    inode = await meta.getattr(ROOT_INO)
+    inode = await meta.getattr(meta.root)
     todo = list(reversed(path.split(b"/")))
     links = 0
     while todo:
@@ -76,7 +76,7 @@ async def _walk(volume: OpenVolume, path: bytes, *, follow: bool) -> Found:
         if name == b"..":
             if trail:
                 trail.pop()
-            inode = await meta.getattr(trail[-1].ino if trail else ROOT_INO)
+            inode = await meta.getattr(trail[-1].ino if trail else meta.root)
             continue
         child = await meta.lookup(inode.ino, name)
         if child.is_symlink and (follow or any(part not in (b"", b".") for part in todo)):

@@ -90,7 +90,7 @@ def command(
 
     At least a tenth of the cache's file system is left free. The log lies beside the cache.
     """
-    from client.volume import Access, check_is_volume, default_cache_dir, read_token
+    from client.volume import access_by, check_is_volume, default_cache_dir
 
     if split_path(address)[1] is not None:
         raise click.UsageError(
@@ -106,7 +106,7 @@ def command(
     elif policy is not None:
         raise click.UsageError("--backup is for embedded volumes: give it to `atoll serve`")
     else:
-        access = Access(token=read_token(token_file, env=os.environ), timeout_s=meta_timeout)
+        access = access_by(token_file, env=os.environ, timeout_s=meta_timeout)
     if metrics is not None:
         from client.metrics_server import parse_listen
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
-from client.durations import parse_duration
 from client.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -48,22 +48,20 @@ class DaysType(click.ParamType[float]):
 
 
 class DurationType(click.ParamType[float]):
-    """A time in seconds, as client.durations reads it."""
+    """A duration: a number with s, m, h or d; in seconds."""
 
-    name = "time"
+    name = "duration"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, (int, float)):
-            return float(value)
-        try:
-            return parse_duration(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)([smhd])", value) if isinstance(value, str) else None
+        if match is None:
+            self.fail(f"{value!r} is no duration: give a number with s, m, h or d, as 90s, 12h or 30d", param, ctx)
+        return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
 SIZE = SizeType()
-DAYS = DaysType()
 DURATION = DurationType()
+DAYS = DaysType()
 COUNT = click.IntRange(0, (1 << 63) - 1)
 
 
@@ -90,6 +88,12 @@ def backup_policy(every_s: float | None, window_s: float) -> BackupPolicy | None
     if not MIN_BACKUP_S <= every_s <= MAX_BACKUP_S:
         raise click.UsageError("--backup is 1m to 7d: give for example 1h")
     return BackupPolicy(every_s=every_s, window_s=int(window_s))
+
+
+def token_option(function: F) -> F:
+    """Add ``--token-file``."""
+    help_text = "The token for the service  [default: ATOLL_TOKEN, ATOLL_TOKEN_FILE]"
+    return click.option("--token-file", metavar="FILE", help=help_text)(function)
 
 
 def json_option(function: F) -> F:

@@ -46,6 +46,12 @@ _CONTAINER_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
     help="Where clients reach this process, as other processes tell them.  [--listen, or this machine's name for 0.0.0.0]",
 )
 @click.option("--init", "is_init", is_flag=True, help="Prepare the store, print the admin token, and exit.")
+@click.option(
+    "--new-admin-token",
+    "is_new_token",
+    is_flag=True,
+    help="Print another admin token for a store that is prepared, and exit.",
+)
 @click.option("--insecure", is_flag=True, help="Answer without encryption to other machines, too.")
 @click.option("--metrics", metavar="HOST:PORT", help="Where to answer /metrics for Prometheus.  [nowhere]")
 @click.option("--memory", "memory_bytes", type=SIZE, help="For rows of all volumes.  [1 GiB, or 1/8 of the machine's]")
@@ -58,6 +64,7 @@ def command(
     listen: str | None,
     advertise: str | None,
     is_init: bool,
+    is_new_token: bool,
     insecure: bool,
     metrics: str | None,
     memory_bytes: int | None,
@@ -73,8 +80,8 @@ def command(
     """
     import uvloop
 
-    if is_init:
-        click.echo(asyncio.run(_prepare(store_url)))
+    if is_init or is_new_token:
+        click.echo(asyncio.run(_admin_token(store_url, create=is_init)))
         return
     if listen is None:
         raise click.UsageError("--listen is missing: give HOST:PORT, for example 127.0.0.1:9410")
@@ -120,13 +127,13 @@ def command(
         )
 
 
-async def _prepare(store_url: str) -> str:
-    from metasvc.server.tokens import prepare
+async def _admin_token(store_url: str, *, create: bool) -> str:
+    from metasvc.server.tokens import another_admin_token, prepare
     from metasvc.store.open import open_store
 
-    store = await open_store(store_url, create=True)
+    store = await open_store(store_url, create=create)
     try:
-        return await prepare(store)
+        return await (prepare(store) if create else another_admin_token(store))
     finally:
         await store.close()
 
@@ -177,6 +184,8 @@ async def _serve(
             others = _Others(tokens, known_as)
             keeping = asyncio.create_task(volumes.keep_open(others.ask_for_some), name="volumes that nobody owns")
             stack.callback(keeping.cancel)
+            watching = asyncio.create_task(service.watch_tokens(), name="tokens that were revoked")
+            stack.callback(watching.cancel)
             known = "" if known_as == server else f", known as {known_as}"
             say(f"serving {without_password(store_url)} at {server}{known}, pid {os.getpid()}")
             await stop.wait()

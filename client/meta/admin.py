@@ -161,6 +161,9 @@ class RemoteAdmin:
     async def garbage_deleted(self, slice_ids: Sequence[SliceId]) -> None:
         await self._ask("garbage_deleted", pb.SliceIds(slice_ids=slice_ids))
 
+    async def is_live(self, slice_id: SliceId) -> bool:
+        return (await self._ask("is_live_id", slice_id)).flag
+
     async def is_pending(self, slice_id: SliceId) -> bool:
         return (await self._ask("is_pending_id", slice_id)).flag
 

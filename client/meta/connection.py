@@ -41,13 +41,13 @@ from typing import Any, Final
 
 from chunkstore.errors import AtollError
 from chunkstore.geometry import MAX_FILE_BYTES
-from client.meta.endpoint import Endpoint, ServiceRefused, ServiceUnavailable, SessionEnded
+from client.meta.endpoint import AccessRefused, Endpoint, ServiceRefused, ServiceUnavailable, SessionEnded
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api import wire
 from metasvc.api.frames import ConnectionLost, EndedByService, Frames, NotOurs, Stalled
 from metasvc.api.volume_format import parse_format
 from metasvc.errors import FsError
-from metasvc.model import Ino, SessionId, VolumeFormat
+from metasvc.model import ROOT_INO, Ino, SessionId, VolumeFormat
 
 PROTOCOL: Final = 1
 HELLO_S: Final = 20.0
@@ -181,6 +181,16 @@ class SessionConnection:
         """Return the volume's format, as the service said when it was last connected."""
         assert self._format is not None, "open() has not returned yet"
         return self._format
+
+    @property
+    def root(self) -> Ino:
+        """Return the directory that the token reaches."""
+        return Ino(self._welcome.root or ROOT_INO)
+
+    @property
+    def is_read_only(self) -> bool:
+        """Return whether the token allows no changes."""
+        return self._welcome.read_only
 
     @property
     def lease_s(self) -> float:
@@ -419,7 +429,7 @@ class SessionConnection:
                 self._failure = error
                 if isinstance(error, SessionEnded):
                     self._begin_anew(error)
-                elif not error.retryable:
+                elif not error.retryable and not (isinstance(error, AccessRefused) and self._endpoint.take_new_token()):
                     self._refused(error)
                     return
                 if is_sent_on:
@@ -506,6 +516,9 @@ class SessionConnection:
         is_new = welcome.session_id != self._hello.session_id
         if is_new:
             self._drop_releases()
+        before = self._welcome
+        if self._opened.done() and (welcome.root, welcome.read_only) != (before.root, before.read_only):
+            raise ServiceRefused("the token reaches something else than the one before: unmount, then mount with it")
         self._format = parse_format(welcome.format.json)
         self._welcome = welcome
         hello.session_id, hello.secret = welcome.session_id, welcome.secret

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Final
 
@@ -63,9 +63,10 @@ class SessionEnded(AtollError):
 class Endpoint:
     """The processes of a service, and who asks them. For one volume, or for none."""
 
-    def __init__(self, servers: Sequence[Server], token: str) -> None:
-        """Take at least one process."""
+    def __init__(self, servers: Sequence[Server], token: str, *, reread: Callable[[], str] | None = None) -> None:
+        """Take at least one process. ``reread`` returns the token as its file has it now: platforms replace tokens in time."""
         self.token = token
+        self._reread = reread
         self._servers = tuple(servers)
         self._owner: Server | None = None
         """Where this client was sent."""
@@ -79,11 +80,23 @@ class Endpoint:
         """Return the process that was asked last, as it stands in messages."""
         return str(self._asked)
 
+    def take_new_token(self) -> bool:
+        """Read the token again; whether it is another one."""
+        if self._reread is None:
+            return False
+        try:
+            before, self.token = self.token, self._reread()
+        except AtollError:
+            # It is being replaced: the one that is known may still do.
+            return False
+        return self.token != before
+
     async def connect(self, method: pb.Opening.Method.ValueType, volume: str = "") -> Frames:
         """Connect to the first process that can be reached, and say what for; it has not answered yet. ServiceUnavailable.
 
         The caller closes it, and says with `failed` or `sent_on` when that was the wrong one.
         """
+        self.take_new_token()
         unreachable: list[AtollError] = []
         in_turn = self._in_turn()
         for server in in_turn:

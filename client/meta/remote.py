@@ -66,6 +66,14 @@ class RemoteMeta:
         return self._connection.format
 
     @property
+    def root(self) -> Ino:
+        return self._connection.root
+
+    @property
+    def is_read_only(self) -> bool:
+        return self._connection.is_read_only
+
+    @property
     def opens_by_lease(self) -> int:
         """Return how many files were opened without asking."""
         return self._opens.total

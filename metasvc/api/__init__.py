@@ -52,6 +52,16 @@ class MetaClient(Protocol):
         """This session."""
         ...
 
+    @property
+    def root(self) -> Ino:
+        """The directory that the session reaches, with what is below it: the volume's root but for a token of a subtree."""
+        ...
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether all changes are refused (EROFS), because the token allows none."""
+        ...
+
     # -- names ---------------------------------------------------------------------------------------
 
     async def lookup(self, parent: Ino, name: bytes) -> Inode:

@@ -124,6 +124,10 @@ class MetaAdmin(Protocol):
         """Forget garbage whose objects are gone."""
         ...
 
+    async def is_live(self, slice_id: SliceId) -> bool:
+        """Return whether some chunk names a slice now."""
+        ...
+
     async def is_pending(self, slice_id: SliceId) -> bool:
         """Return whether an id was handed out to a session that may still commit it (gc leaves it alone)."""
         ...

@@ -41,6 +41,7 @@ class Opening(_message.Message):
       DUMP           DumpRequest, answered by every DumpPart as it is made.
       LOAD           LoadRequest, then LoadData until one says that it is the end; answered by LoadState after each commit, the
                      last one with the format of the volume, which nobody can open before.
+      MANAGE         ManageRequest, answered by ManageReply: tenants, tokens, and the end of volumes.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -59,6 +60,7 @@ class Opening(_message.Message):
         DUMP: Opening._Method.ValueType  # 5
         LOAD: Opening._Method.ValueType  # 6
         HAND_OVER: Opening._Method.ValueType  # 7
+        MANAGE: Opening._Method.ValueType  # 8
 
     class Method(_Method, metaclass=_MethodEnumTypeWrapper): ...
     SESSION: Opening.Method.ValueType  # 0
@@ -69,6 +71,7 @@ class Opening(_message.Message):
     DUMP: Opening.Method.ValueType  # 5
     LOAD: Opening.Method.ValueType  # 6
     HAND_OVER: Opening.Method.ValueType  # 7
+    MANAGE: Opening.Method.ValueType  # 8
 
     METHOD_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
@@ -341,6 +344,8 @@ class Welcome(_message.Message):
     EXPIRY_S_FIELD_NUMBER: _builtins.int
     MAX_OUTSTANDING_FIELD_NUMBER: _builtins.int
     LEASE_S_FIELD_NUMBER: _builtins.int
+    ROOT_FIELD_NUMBER: _builtins.int
+    READ_ONLY_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     session_id: _builtins.int
     secret: _builtins.bytes
@@ -351,6 +356,10 @@ class Welcome(_message.Message):
     """Most requests that may wait for their replies."""
     lease_s: _builtins.float
     """For so long a lease is good, counted from before the request was sent whose reply has it."""
+    root: _builtins.int
+    """The directory that the token reaches; all operations are about what is at or below it. 0: the volume's root."""
+    read_only: _builtins.bool
+    """The token allows no changes."""
     @_builtins.property
     def format(self) -> Global___VolumeFormat: ...
     def __init__(
@@ -364,10 +373,12 @@ class Welcome(_message.Message):
         expiry_s: _builtins.float = ...,
         max_outstanding: _builtins.int = ...,
         lease_s: _builtins.float = ...,
+        root: _builtins.int = ...,
+        read_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["format", b"format"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expiry_s", b"expiry_s", "format", b"format", "keepalive_s", b"keepalive_s", "lease_s", b"lease_s", "max_outstanding", b"max_outstanding", "protocol", b"protocol", "secret", b"secret", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expiry_s", b"expiry_s", "format", b"format", "keepalive_s", b"keepalive_s", "lease_s", b"lease_s", "max_outstanding", b"max_outstanding", "protocol", b"protocol", "read_only", b"read_only", "root", b"root", "secret", b"secret", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1686,17 +1697,17 @@ class AdminRequest(_message.Message):
     GARBAGE_FIELD_NUMBER: _builtins.int
     GARBAGE_DELETED_FIELD_NUMBER: _builtins.int
     IS_PENDING_ID_FIELD_NUMBER: _builtins.int
-    IS_GARBAGE_ID_FIELD_NUMBER: _builtins.int
     COMPACTION_CANDIDATES_LIMIT_FIELD_NUMBER: _builtins.int
     REPLACE_REFS_FIELD_NUMBER: _builtins.int
     STATFS_INO_FIELD_NUMBER: _builtins.int
+    IS_LIVE_ID_FIELD_NUMBER: _builtins.int
     usage_of_ino: _builtins.int
     quota_remove_ino: _builtins.int
     slice_owner_id: _builtins.int
     is_pending_id: _builtins.int
-    is_garbage_id: _builtins.int
     compaction_candidates_limit: _builtins.int
     statfs_ino: _builtins.int
+    is_live_id: _builtins.int
     @_builtins.property
     def status(self) -> Global___Nothing: ...
     @_builtins.property
@@ -1745,16 +1756,16 @@ class AdminRequest(_message.Message):
         garbage: Global___GarbageList | None = ...,
         garbage_deleted: Global___SliceIds | None = ...,
         is_pending_id: _builtins.int = ...,
-        is_garbage_id: _builtins.int = ...,
         compaction_candidates_limit: _builtins.int = ...,
         replace_refs: Global___ReplaceRefs | None = ...,
         statfs_ino: _builtins.int = ...,
+        is_live_id: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["clone", b"clone", "compaction_candidates_limit", b"compaction_candidates_limit", "configure", b"configure", "garbage", b"garbage", "garbage_deleted", b"garbage_deleted", "is_garbage_id", b"is_garbage_id", "is_pending_id", b"is_pending_id", "live_slices", b"live_slices", "operation", b"operation", "paths_of", b"paths_of", "quota_remove_ino", b"quota_remove_ino", "quota_set", b"quota_set", "quotas", b"quotas", "replace_refs", b"replace_refs", "resolve", b"resolve", "slice_owner_id", b"slice_owner_id", "statfs_ino", b"statfs_ino", "status", b"status", "trash_expire", b"trash_expire", "trash_list", b"trash_list", "trash_restore", b"trash_restore", "usage_of_ino", b"usage_of_ino"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["clone", b"clone", "compaction_candidates_limit", b"compaction_candidates_limit", "configure", b"configure", "garbage", b"garbage", "garbage_deleted", b"garbage_deleted", "is_live_id", b"is_live_id", "is_pending_id", b"is_pending_id", "live_slices", b"live_slices", "operation", b"operation", "paths_of", b"paths_of", "quota_remove_ino", b"quota_remove_ino", "quota_set", b"quota_set", "quotas", b"quotas", "replace_refs", b"replace_refs", "resolve", b"resolve", "slice_owner_id", b"slice_owner_id", "statfs_ino", b"statfs_ino", "status", b"status", "trash_expire", b"trash_expire", "trash_list", b"trash_list", "trash_restore", b"trash_restore", "usage_of_ino", b"usage_of_ino"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clone", b"clone", "compaction_candidates_limit", b"compaction_candidates_limit", "configure", b"configure", "garbage", b"garbage", "garbage_deleted", b"garbage_deleted", "is_garbage_id", b"is_garbage_id", "is_pending_id", b"is_pending_id", "live_slices", b"live_slices", "operation", b"operation", "paths_of", b"paths_of", "quota_remove_ino", b"quota_remove_ino", "quota_set", b"quota_set", "quotas", b"quotas", "replace_refs", b"replace_refs", "resolve", b"resolve", "slice_owner_id", b"slice_owner_id", "statfs_ino", b"statfs_ino", "status", b"status", "trash_expire", b"trash_expire", "trash_list", b"trash_list", "trash_restore", b"trash_restore", "usage_of_ino", b"usage_of_ino"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clone", b"clone", "compaction_candidates_limit", b"compaction_candidates_limit", "configure", b"configure", "garbage", b"garbage", "garbage_deleted", b"garbage_deleted", "is_live_id", b"is_live_id", "is_pending_id", b"is_pending_id", "live_slices", b"live_slices", "operation", b"operation", "paths_of", b"paths_of", "quota_remove_ino", b"quota_remove_ino", "quota_set", b"quota_set", "quotas", b"quotas", "replace_refs", b"replace_refs", "resolve", b"resolve", "slice_owner_id", b"slice_owner_id", "statfs_ino", b"statfs_ino", "status", b"status", "trash_expire", b"trash_expire", "trash_list", b"trash_list", "trash_restore", b"trash_restore", "usage_of_ino", b"usage_of_ino"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["status", "resolve", "paths_of", "usage_of_ino", "configure", "quota_set", "quota_remove_ino", "quotas", "trash_list", "trash_restore", "trash_expire", "clone", "live_slices", "slice_owner_id", "garbage", "garbage_deleted", "is_pending_id", "is_garbage_id", "compaction_candidates_limit", "replace_refs", "statfs_ino"]  # noqa: Y015
+    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["status", "resolve", "paths_of", "usage_of_ino", "configure", "quota_set", "quota_remove_ino", "quotas", "trash_list", "trash_restore", "trash_expire", "clone", "live_slices", "slice_owner_id", "garbage", "garbage_deleted", "is_pending_id", "compaction_candidates_limit", "replace_refs", "statfs_ino", "is_live_id"]  # noqa: Y015
     _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_operation) -> _WhichOneofReturnType_operation | None: ...
 
@@ -2551,6 +2562,338 @@ class ListVolumesReply(_message.Message):
 Global___ListVolumesReply: _TypeAlias = ListVolumesReply  # noqa: Y015
 
 @_typing.final
+class ManageRequest(_message.Message):
+    """---- tenants and tokens: metasvc/server/rights.py says who may what ----"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CREATE_TENANT_FIELD_NUMBER: _builtins.int
+    LIST_TENANTS_FIELD_NUMBER: _builtins.int
+    DELETE_TENANT_FIELD_NUMBER: _builtins.int
+    SET_TENANT_QUOTA_FIELD_NUMBER: _builtins.int
+    CREATE_TOKEN_FIELD_NUMBER: _builtins.int
+    LIST_TOKENS_FIELD_NUMBER: _builtins.int
+    REVOKE_TOKEN_FIELD_NUMBER: _builtins.int
+    DELETE_VOLUME_FIELD_NUMBER: _builtins.int
+    delete_volume: _builtins.str
+    """TENANT/NAME. ENOTEMPTY while clients use it."""
+    @_builtins.property
+    def create_tenant(self) -> Global___CreateTenant: ...
+    @_builtins.property
+    def list_tenants(self) -> Global___Nothing: ...
+    @_builtins.property
+    def delete_tenant(self) -> Global___DeleteTenant: ...
+    @_builtins.property
+    def set_tenant_quota(self) -> Global___SetTenantQuota: ...
+    @_builtins.property
+    def create_token(self) -> Global___CreateToken: ...
+    @_builtins.property
+    def list_tokens(self) -> Global___ListTokens: ...
+    @_builtins.property
+    def revoke_token(self) -> Global___RevokeToken: ...
+    def __init__(
+        self,
+        *,
+        create_tenant: Global___CreateTenant | None = ...,
+        list_tenants: Global___Nothing | None = ...,
+        delete_tenant: Global___DeleteTenant | None = ...,
+        set_tenant_quota: Global___SetTenantQuota | None = ...,
+        create_token: Global___CreateToken | None = ...,
+        list_tokens: Global___ListTokens | None = ...,
+        revoke_token: Global___RevokeToken | None = ...,
+        delete_volume: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_tenant", b"create_tenant", "create_token", b"create_token", "delete_tenant", b"delete_tenant", "delete_volume", b"delete_volume", "list_tenants", b"list_tenants", "list_tokens", b"list_tokens", "operation", b"operation", "revoke_token", b"revoke_token", "set_tenant_quota", b"set_tenant_quota"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_tenant", b"create_tenant", "create_token", b"create_token", "delete_tenant", b"delete_tenant", "delete_volume", b"delete_volume", "list_tenants", b"list_tenants", "list_tokens", b"list_tokens", "operation", b"operation", "revoke_token", b"revoke_token", "set_tenant_quota", b"set_tenant_quota"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["create_tenant", "list_tenants", "delete_tenant", "set_tenant_quota", "create_token", "list_tokens", "revoke_token", "delete_volume"]  # noqa: Y015
+    _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_operation) -> _WhichOneofReturnType_operation | None: ...
+
+Global___ManageRequest: _TypeAlias = ManageRequest  # noqa: Y015
+
+@_typing.final
+class ManageReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FAILURE_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    token: _builtins.str
+    """The token that was made: nobody can be asked for it again."""
+    @_builtins.property
+    def failure(self) -> Global___Failure: ...
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tenant]: ...
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenInfo]: ...
+    @_builtins.property
+    def format(self) -> Global___VolumeFormat:
+        """The volume that was deleted: where its objects are."""
+
+    def __init__(
+        self,
+        *,
+        failure: Global___Failure | None = ...,
+        tenants: _abc.Iterable[Global___Tenant] | None = ...,
+        token: _builtins.str = ...,
+        tokens: _abc.Iterable[Global___TokenInfo] | None = ...,
+        format: Global___VolumeFormat | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "format", b"format"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "format", b"format", "tenants", b"tenants", "token", b"token", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ManageReply: _TypeAlias = ManageReply  # noqa: Y015
+
+@_typing.final
+class CreateTenant(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_INODES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    max_bytes: _builtins.int
+    """0: no limit."""
+    max_inodes: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        max_bytes: _builtins.int = ...,
+        max_inodes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_bytes", b"max_bytes", "max_inodes", b"max_inodes", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateTenant: _TypeAlias = CreateTenant  # noqa: Y015
+
+@_typing.final
+class DeleteTenant(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteTenant: _TypeAlias = DeleteTenant  # noqa: Y015
+
+@_typing.final
+class SetTenantQuota(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_INODES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    max_bytes: _builtins.int
+    """What is not given stays; 0 lifts the limit."""
+    max_inodes: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        max_bytes: _builtins.int | None = ...,
+        max_inodes: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_bytes", b"_max_bytes", "_max_inodes", b"_max_inodes", "max_bytes", b"max_bytes", "max_inodes", b"max_inodes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_bytes", b"_max_bytes", "_max_inodes", b"_max_inodes", "max_bytes", b"max_bytes", "max_inodes", b"max_inodes", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_bytes: _TypeAlias = _typing.Literal["max_bytes"]  # noqa: Y015
+    _WhichOneofArgType__max_bytes: _TypeAlias = _typing.Literal["_max_bytes", b"_max_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__max_inodes: _TypeAlias = _typing.Literal["max_inodes"]  # noqa: Y015
+    _WhichOneofArgType__max_inodes: _TypeAlias = _typing.Literal["_max_inodes", b"_max_inodes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_bytes) -> _WhichOneofReturnType__max_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_inodes) -> _WhichOneofReturnType__max_inodes | None: ...
+
+Global___SetTenantQuota: _TypeAlias = SetTenantQuota  # noqa: Y015
+
+@_typing.final
+class Tenant(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_INODES_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    USED_INODES_FIELD_NUMBER: _builtins.int
+    VOLUMES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    max_bytes: _builtins.int
+    max_inodes: _builtins.int
+    used_bytes: _builtins.int
+    """What its volumes hold, by what their owners said last."""
+    used_inodes: _builtins.int
+    @_builtins.property
+    def volumes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        max_bytes: _builtins.int = ...,
+        max_inodes: _builtins.int = ...,
+        used_bytes: _builtins.int = ...,
+        used_inodes: _builtins.int = ...,
+        volumes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_bytes", b"max_bytes", "max_inodes", b"max_inodes", "name", b"name", "used_bytes", b"used_bytes", "used_inodes", b"used_inodes", "volumes", b"volumes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tenant: _TypeAlias = Tenant  # noqa: Y015
+
+@_typing.final
+class CreateToken(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    VOLUME_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    READ_ONLY_FIELD_NUMBER: _builtins.int
+    LASTS_S_FIELD_NUMBER: _builtins.int
+    LABEL_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Both empty: of the administrator of the service. Only the tenant: of its administrator."""
+    volume: _builtins.str
+    read_only: _builtins.bool
+    lasts_s: _builtins.float
+    """0: until it is revoked."""
+    label: _builtins.str
+    @_builtins.property
+    def path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """The directory of the volume that it reaches, from the volume's root; empty: all."""
+
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        volume: _builtins.str = ...,
+        path: _abc.Iterable[_builtins.bytes] | None = ...,
+        read_only: _builtins.bool = ...,
+        lasts_s: _builtins.float = ...,
+        label: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["label", b"label", "lasts_s", b"lasts_s", "path", b"path", "read_only", b"read_only", "tenant", b"tenant", "volume", b"volume"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateToken: _TypeAlias = CreateToken  # noqa: Y015
+
+@_typing.final
+class ListTokens(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Empty: all that the asking token administers."""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListTokens: _TypeAlias = ListTokens  # noqa: Y015
+
+@_typing.final
+class RevokeToken(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    token_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        token_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tenant", b"tenant", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeToken: _TypeAlias = RevokeToken  # noqa: Y015
+
+@_typing.final
+class TokenInfo(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    VOLUME_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    READ_ONLY_FIELD_NUMBER: _builtins.int
+    ADMIN_FIELD_NUMBER: _builtins.int
+    CREATED_S_FIELD_NUMBER: _builtins.int
+    EXPIRES_S_FIELD_NUMBER: _builtins.int
+    MADE_BY_FIELD_NUMBER: _builtins.int
+    LABEL_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.str
+    tenant: _builtins.str
+    volume: _builtins.str
+    path: _builtins.str
+    read_only: _builtins.bool
+    admin: _builtins.bool
+    created_s: _builtins.float
+    expires_s: _builtins.float
+    """0: never."""
+    made_by: _builtins.str
+    label: _builtins.str
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        volume: _builtins.str = ...,
+        path: _builtins.str = ...,
+        read_only: _builtins.bool = ...,
+        admin: _builtins.bool = ...,
+        created_s: _builtins.float = ...,
+        expires_s: _builtins.float = ...,
+        made_by: _builtins.str = ...,
+        label: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin", b"admin", "created_s", b"created_s", "expires_s", b"expires_s", "label", b"label", "made_by", b"made_by", "path", b"path", "read_only", b"read_only", "tenant", b"tenant", "token_id", b"token_id", "volume", b"volume"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenInfo: _TypeAlias = TokenInfo  # noqa: Y015
+
+@_typing.final
 class HandOverRequest(_message.Message):
     """A process that owns fewer volumes than another asks that one for some."""
 
@@ -2653,20 +2996,16 @@ class LoadRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     BUCKET_URL_FIELD_NUMBER: _builtins.int
-    LEAST_SLICE_ID_FIELD_NUMBER: _builtins.int
     bucket_url: _builtins.str
     """Where the objects of the volume are now; empty: where the dump says."""
-    least_slice_id: _builtins.int
-    """No slice id below this is given out, for there may be objects of them."""
     def __init__(
         self,
         *,
         bucket_url: _builtins.str = ...,
-        least_slice_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_url", b"bucket_url", "least_slice_id", b"least_slice_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_url", b"bucket_url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

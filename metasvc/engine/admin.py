@@ -289,6 +289,10 @@ class EngineAdmin:
 
         await self._engine.run(rule)
 
+    async def is_live(self, slice_id: SliceId) -> bool:
+        row: Slice | None = await self._engine.run(Tx.slice, slice_id)
+        return row is not None
+
     async def is_pending(self, slice_id: SliceId) -> bool:
         return self._engine.is_pending(slice_id)
 

@@ -117,11 +117,8 @@ async def load(
     if check is not None:
         check(volume_format)
     await _check_alone(store, volume_format)
-    await _make(store, volume_format)
-    volume = await store.open_volume(tenant, name)
-    loading: _Loading | None = None
+    loading = await _make(store, volume_format, address=address, told=told)
     try:
-        loading = _Loading(volume, await Owner.acquire(volume, address=address, ttl_s=OWNER_TTL_S), told)
         trailer = await loading.run(reader)
         if trailer.format.uuid != header.format.uuid:
             raise DumpDamaged("the dump begins with one volume and ends with another: take another dump")
@@ -131,11 +128,11 @@ async def load(
         await loading.publish(changed)
     except BaseException as error:
         # Fenced: another load has begun anew, and may be at its end.
-        if loading is not None and not isinstance(error, Fenced):
+        if not isinstance(error, Fenced):
             await _in_peace(_remove(store, volume_format, loading))
         raise
     finally:
-        await _in_peace(volume.close())
+        await _in_peace(loading.volume.close())
     return Loaded(changed, header, trailer, loading.rows)
 
 
@@ -149,14 +146,13 @@ async def _check_alone(store: Store, volume_format: VolumeFormat) -> None:
             )
 
 
-async def _make(store: Store, volume_format: VolumeFormat) -> None:
-    """Make the volume; in the place of one whose load did not come to its end. VolumeExists, StoreError."""
+async def _make(store: Store, volume_format: VolumeFormat, *, address: str, told: Told | None) -> _Loading:
+    """Make the volume and own it; in the place of one whose load did not come to its end. VolumeExists, StoreError."""
     # The owner of one that was killed is waited for, where only its expiry tells.
     deadline_s = time.monotonic() + OWNER_TTL_S + 1
     while True:
         try:
-            await store.create_volume(volume_format, Batch({}, {}))
-            return
+            return await _made(store, volume_format, address=address, told=told)
         except VolumeExists:
             found = [
                 each
@@ -174,6 +170,33 @@ async def _make(store: Store, volume_format: VolumeFormat) -> None:
                 where = f"{volume_format.tenant}/{volume_format.name}"
                 raise StoreError(f"volume {where} is being loaded by {error.owner}: wait for that to end") from error
             await asyncio.sleep(min(1.0, error.expires_in_s + _RETRY_S))
+
+
+async def _made(store: Store, volume_format: VolumeFormat, *, address: str, told: Told | None) -> _Loading:
+    """Make the volume and own it. A caller that is cancelled waits until that is done, and removes it: nothing is left."""
+
+    async def make() -> _Loading:
+        await store.create_volume(volume_format, Batch({}, {}))
+        volume = await store.open_volume(volume_format.tenant, volume_format.name)
+        try:
+            return _Loading(volume, await Owner.acquire(volume, address=address, ttl_s=OWNER_TTL_S), told)
+        except BaseException:
+            await volume.close()
+            raise
+
+    task = asyncio.create_task(make())
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await _in_peace(_undo(store, volume_format, task))
+        raise
+
+
+async def _undo(store: Store, volume_format: VolumeFormat, making: asyncio.Task[_Loading]) -> None:
+    (loading,) = await asyncio.gather(making, return_exceptions=True)
+    if isinstance(loading, _Loading):
+        await _remove(store, volume_format, loading)
+        await loading.volume.close()
 
 
 async def _remove(store: Store, volume_format: VolumeFormat, loading: _Loading) -> None:

@@ -18,6 +18,7 @@ from metasvc.engine.listing import Listing
 from metasvc.engine.tx import Tx, refuse
 from metasvc.errors import FsError
 from metasvc.model import (
+    ROOT_INO,
     Caller,
     Commit,
     DirPage,
@@ -79,6 +80,14 @@ class EngineSession:
     @property
     def session_id(self) -> SessionId:
         return self._session_id
+
+    @property
+    def root(self) -> Ino:
+        return ROOT_INO
+
+    @property
+    def is_read_only(self) -> bool:
+        return False
 
     def _recorder(self, caller: Caller) -> Callable[[Any, Tx], Replies] | None:
         """Return what makes, of the result of a request, the row that is to be durable with its changes. Here: none."""

@@ -1,6 +1,7 @@
 """What an administrator asks, as a call of MetaAdmin, and its result as a message.
 
-Owns the mapping only; what the operations do is said in metasvc/api/admin.py. Errors of an operation are part of its answer.
+Owns the mapping, and which operation needs which rights (metasvc.server.rights); what the operations do is said in
+metasvc/api/admin.py. Errors of an operation, and the refusal of those who may not ask for it, are part of its answer.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import errno as E
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from enum import Enum
 from typing import Any, Final
 
 from chunkstore.errors import AtollError
@@ -18,7 +20,9 @@ from metasvc.api.admin import MetaAdmin
 from metasvc.api.volume_format import dump_format
 from metasvc.errors import FsError
 from metasvc.model import Ino, TrashId
+from metasvc.server.audit import audited
 from metasvc.server.operations import check_written
+from metasvc.server.rights import Rights
 
 _MAX_ROWS: Final = 5000
 _INT64: Final = 1 << 63
@@ -164,7 +168,11 @@ async def _is_pending(admin: MetaAdmin, slice_id: int) -> pb.AdminReply:
 
 
 async def _is_garbage(admin: MetaAdmin, slice_id: int) -> pb.AdminReply:
-    return pb.AdminReply(flag=await admin.is_garbage(SliceId(slice_id)))
+    return pb.AdminReply(flag=await admin.is_garbage(_slice_id(slice_id)))
+
+
+async def _is_live(admin: MetaAdmin, slice_id: int) -> pb.AdminReply:
+    return pb.AdminReply(flag=await admin.is_live(_slice_id(slice_id)))
 
 
 async def _compaction_candidates(admin: MetaAdmin, limit: int) -> pb.AdminReply:
@@ -193,44 +201,75 @@ async def _statfs(admin: MetaAdmin, ino: int) -> pb.AdminReply:
     return reply
 
 
-_OPERATIONS: Final[dict[str, Callable[[MetaAdmin, Any], Awaitable[pb.AdminReply]]]] = {
-    "status": _status,
-    "resolve": _resolve,
-    "paths_of": _paths_of,
-    "usage_of_ino": _usage,
-    "configure": _configure,
-    "quota_set": _quota_set,
-    "quota_remove_ino": _quota_remove,
-    "quotas": _quotas,
-    "trash_list": _trash_list,
-    "trash_restore": _trash_restore,
-    "trash_expire": _trash_expire,
-    "clone": _clone,
-    "live_slices": _live_slices,
-    "slice_owner_id": _slice_owner,
-    "garbage": _garbage,
-    "garbage_deleted": _garbage_deleted,
-    "is_pending_id": _is_pending,
-    "is_garbage_id": _is_garbage,
-    "compaction_candidates_limit": _compaction_candidates,
-    "replace_refs": _replace_refs,
-    "statfs_ino": _statfs,
+class _Right(Enum):
+    """What somebody needs who asks for an operation."""
+
+    ANY = 1
+    """A token for the volume, or for a directory of it."""
+    READ_ALL = 2
+    """Reaches the whole volume."""
+    WRITE_ALL = 3
+    ADMIN = 4
+
+
+_Operation = Callable[[MetaAdmin, Any], Awaitable[pb.AdminReply]]
+
+_OPERATIONS: Final[dict[str, tuple[_Operation, _Right]]] = {
+    "status": (_status, _Right.READ_ALL),
+    "resolve": (_resolve, _Right.READ_ALL),
+    "paths_of": (_paths_of, _Right.READ_ALL),
+    "usage_of_ino": (_usage, _Right.READ_ALL),
+    "configure": (_configure, _Right.ADMIN),
+    "quota_set": (_quota_set, _Right.ADMIN),
+    "quota_remove_ino": (_quota_remove, _Right.ADMIN),
+    "quotas": (_quotas, _Right.READ_ALL),
+    "trash_list": (_trash_list, _Right.READ_ALL),
+    "trash_restore": (_trash_restore, _Right.WRITE_ALL),
+    "trash_expire": (_trash_expire, _Right.ADMIN),
+    "clone": (_clone, _Right.WRITE_ALL),
+    "live_slices": (_live_slices, _Right.READ_ALL),
+    "slice_owner_id": (_slice_owner, _Right.READ_ALL),
+    "garbage": (_garbage, _Right.READ_ALL),
+    "garbage_deleted": (_garbage_deleted, _Right.ADMIN),
+    # Of slices that a mount finds on its disk after a crash: numbers, and nothing of anybody's files.
+    "is_pending_id": (_is_pending, _Right.ANY),
+    "is_live_id": (_is_live, _Right.ANY),
+    "is_garbage_id": (_is_garbage, _Right.READ_ALL),
+    "compaction_candidates_limit": (_compaction_candidates, _Right.READ_ALL),
+    "replace_refs": (_replace_refs, _Right.ADMIN),
+    "statfs_ino": (_statfs, _Right.READ_ALL),
 }
 """By the name of the field in AdminRequest."""
 
 
-async def administer(admin: MetaAdmin, request: pb.AdminRequest) -> pb.AdminReply:
-    """Run one operation."""
+async def administer(
+    admin: MetaAdmin, request: pb.AdminRequest, rights: Rights, *, peer: str, volume: str
+) -> pb.AdminReply:
+    """Run one operation on a volume (TENANT/NAME), for who has such rights."""
     name = request.WhichOneof("operation")
-    reply = pb.AdminReply()
     try:
-        operation = None if name is None else _OPERATIONS.get(name)
-        if operation is None:
+        if name is None or name not in _OPERATIONS:
             raise FsError(E.ENOSYS, "this service does not know the operation: upgrade it")
-        return await operation(admin, getattr(request, str(name)))
+        operation, right = _OPERATIONS[name]
+        asked = getattr(request, name)
+        what = name.removesuffix("_ino").removesuffix("_id").removesuffix("_limit").replace("_", " ")
+        if right is not _Right.ADMIN:
+            _require(rights, right, what)
+            return await operation(admin, asked)
+        with audited(rights, peer, what, volume):
+            rights.require_admin(what, tenant=volume.partition("/")[0])
+            return await operation(admin, asked)
     except AtollError as error:
+        reply = pb.AdminReply()
         wire.put_failure(error, reply.failure)
         return reply
+
+
+def _require(rights: Rights, right: _Right, what: str) -> None:
+    if right is not _Right.ANY:
+        rights.require_whole(f"the rest, which `{what}` is about")
+    if right is _Right.WRITE_ALL:
+        rights.require_writing(what)
 
 
 async def problems(admin: MetaAdmin, request: pb.CheckRequest) -> AsyncIterator[pb.Problem]:

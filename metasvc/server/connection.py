@@ -23,6 +23,7 @@ from metasvc.api.frames import Frames
 from metasvc.api.volume_format import dump_format
 from metasvc.engine.leases import HELD_S
 from metasvc.model import Ino, SessionId
+from metasvc.server.rights import Rights
 from metasvc.server.session import MAX_NUMBER, MAX_OUTSTANDING, Misbehaved, ServedSession
 from metasvc.server.volumes import SessionEnded, Volume
 
@@ -53,8 +54,9 @@ class Silent(AtollError):
 class Connection:
     """One stream of one session: metasvc.server.session.Outlet."""
 
-    def __init__(self, frames: Frames) -> None:
-        """Take a connection whose client is known to be allowed in."""
+    def __init__(self, frames: Frames, rights: Rights) -> None:
+        """Take a connection whose client is known to be allowed in, and what it may do."""
+        self.rights = rights
         loop = asyncio.get_running_loop()
         self._frames = frames
         self._out: list[bytes] = []
@@ -162,6 +164,7 @@ class Connection:
                     raise SessionEnded(f"session {session.session_id} has ended")
                 opens = dict(zip(map(Ino, hello.open_inos), hello.open_counts, strict=True))
                 promised = {Ino(ino): end for ino, end in zip(hello.open_inos, hello.open_ends, strict=False) if end}
+                session.allow(self.rights)
                 await volume.resume(session, opens, promised, confirmed=confirmed, repeated=hello.repeated)
                 session.outlet = self
                 if volume.engine.failure is not None:
@@ -171,6 +174,7 @@ class Connection:
                 host=hello.host[:255], pid=max(0, hello.pid), mountpoint=hello.mountpoint.replace("\0", "")[:4096]
             )
             session.attempt = hello.attempt
+            session.allow(self.rights)
             session.outlet = self
         session.take_leases(listens=hello.leases)
         welcome = pb.Welcome(
@@ -182,6 +186,8 @@ class Connection:
             expiry_s=volume.expiry_s,
             max_outstanding=MAX_OUTSTANDING,
             lease_s=HELD_S,
+            root=self.rights.root,
+            read_only=self.rights.is_read_only,
         )
         self.send(pb.FromService(welcome=welcome).SerializeToString())
         return session

@@ -53,6 +53,16 @@ class Operation:
     """Writes what is kept of it for a client that asks again, if that is less."""
     directories: tuple[str, ...] = ()
     """The fields of the message that name directories which it changes: the reply tells what became of them."""
+    inos: tuple[str, ...] = ()
+    """The fields of the message that name inodes, those of `directories` included: whoever is confined must reach them all."""
+    may_miss: bool = False
+    """Its inodes are many, and those that do not exist are left out: so are those that are out of reach."""
+    finds: bool = False
+    """It answers inodes that it found by names: they must be within reach, too."""
+    has_steps: bool = False
+    """It is not one step of the engine: what it names must be within reach behind it, too."""
+    changes: bool = False
+    """Only for those who may write."""
 
 
 def _refuse(reason: str) -> FsError:
@@ -283,34 +293,54 @@ async def _extend_leases(session: EngineSession, message: pb.ExtendLeases, _: Ca
 
 
 _IN: Final = ("parent",)
+_OF: Final = ("ino",)
+_Call = Callable[[EngineSession, Any, Caller], Awaitable[Any]]
+
+
+def _changes_in(
+    call: _Call,
+    put: Any,
+    *,
+    directories: tuple[str, ...] = _IN,
+    inos: tuple[str, ...] = (),
+) -> Operation:
+    """Return an operation that changes directories."""
+    return Operation(call, put, directories=directories, inos=(*directories, *inos), changes=True)
+
+
+def _changes_of(call: _Call, put: Any, keep: Any = None, *, inos: tuple[str, ...] = _OF) -> Operation:
+    """Return an operation that changes inodes."""
+    return Operation(call, put, keep, inos=inos, changes=True)
+
+
 OPERATIONS: Final[dict[str, Operation]] = {
-    "lookup": Operation(lambda s, m, c: s.lookup(_ino(m.parent), m.name), _put_inode),
-    "resolve": Operation(_resolve, _put_inodes),
-    "getattr": Operation(_getattr, _put_inodes),
-    "readdir": Operation(_readdir, _put_leased_page),
-    "extend_leases": Operation(_extend_leases, _put_leased),
-    "mknod": Operation(_mknod, _put_inode, directories=_IN),
-    "symlink": Operation(lambda s, m, c: s.symlink(c, _ino(m.parent), m.name, m.target), _put_inode, directories=_IN),
-    "readlink": Operation(lambda s, m, c: s.readlink(_ino(m.ino)), _put_value),
-    "link": Operation(lambda s, m, c: s.link(c, _ino(m.ino), _ino(m.parent), m.name), _put_inode, directories=_IN),
-    "unlink": Operation(lambda s, m, c: s.unlink(c, _ino(m.parent), m.name), _nothing, directories=_IN),
-    "rmdir": Operation(lambda s, m, c: s.rmdir(c, _ino(m.parent), m.name), _nothing, directories=_IN),
-    "rename": Operation(_rename, _nothing, directories=("parent", "new_parent")),
-    "setattr": Operation(lambda s, m, c: s.setattr(c, _ino(m.ino), _changes(m)), _put_inode),
-    "getxattr": Operation(lambda s, m, c: s.getxattr(_ino(m.ino), m.name), _put_value),
-    "listxattr": Operation(lambda s, m, c: s.listxattr(_ino(m.ino)), _put_names),
-    "setxattr": Operation(lambda s, m, c: s.setxattr(c, _ino(m.ino), m.name, m.value, flags=m.flags), _nothing),
-    "removexattr": Operation(lambda s, m, c: s.removexattr(c, _ino(m.ino), m.name), _nothing),
-    "statfs": Operation(lambda s, m, c: s.statfs(_ino(m.ino)), _put_statfs),
-    "open": Operation(lambda s, m, c: s.open(_ino(m.ino), again=m.again), _put_opened),
-    "create": Operation(_create, _put_opened, directories=_IN),
+    "lookup": Operation(lambda s, m, c: s.lookup(_ino(m.parent), m.name), _put_inode, inos=_IN, finds=True),
+    "resolve": Operation(_resolve, _put_inodes, inos=("start",), finds=True),
+    "getattr": Operation(_getattr, _put_inodes, inos=("inos",), may_miss=True),
+    "readdir": Operation(_readdir, _put_leased_page, inos=_OF, has_steps=True),
+    "extend_leases": Operation(_extend_leases, _put_leased, inos=("inos",), may_miss=True),
+    "mknod": _changes_in(_mknod, _put_inode),
+    "symlink": _changes_in(lambda s, m, c: s.symlink(c, _ino(m.parent), m.name, m.target), _put_inode),
+    "readlink": Operation(lambda s, m, c: s.readlink(_ino(m.ino)), _put_value, inos=_OF),
+    "link": _changes_in(lambda s, m, c: s.link(c, _ino(m.ino), _ino(m.parent), m.name), _put_inode, inos=_OF),
+    "unlink": _changes_in(lambda s, m, c: s.unlink(c, _ino(m.parent), m.name), _nothing),
+    "rmdir": _changes_in(lambda s, m, c: s.rmdir(c, _ino(m.parent), m.name), _nothing),
+    "rename": _changes_in(_rename, _nothing, directories=("parent", "new_parent")),
+    "setattr": _changes_of(lambda s, m, c: s.setattr(c, _ino(m.ino), _changes(m)), _put_inode),
+    "getxattr": Operation(lambda s, m, c: s.getxattr(_ino(m.ino), m.name), _put_value, inos=_OF),
+    "listxattr": Operation(lambda s, m, c: s.listxattr(_ino(m.ino)), _put_names, inos=_OF),
+    "setxattr": _changes_of(lambda s, m, c: s.setxattr(c, _ino(m.ino), m.name, m.value, flags=m.flags), _nothing),
+    "removexattr": _changes_of(lambda s, m, c: s.removexattr(c, _ino(m.ino), m.name), _nothing),
+    "statfs": Operation(lambda s, m, c: s.statfs(_ino(m.ino)), _put_statfs, inos=_OF),
+    "open": Operation(lambda s, m, c: s.open(_ino(m.ino), again=m.again), _put_opened, inos=_OF),
+    "create": _changes_in(_create, _put_opened),
     "release": Operation(lambda s, m, c: s.release(_ino(m.ino)), _nothing),
-    "read_map": Operation(_read_map, _put_map),
-    "read_maps": Operation(_read_maps, _put_maps),
-    "allocate_slices": Operation(_allocate, _put_ids),
-    "reserve": Operation(_reserve, _put_count),
-    "commit": Operation(lambda s, m, c: s.commit(c, _ino(m.ino), _commit(s, m)), _put_inode),
-    "punch": Operation(_punch, wire.put_open, _put_without_map),
-    "copy_range": Operation(_copy_range, _put_copied, _put_copied_without_map),
+    "read_map": Operation(_read_map, _put_map, inos=_OF),
+    "read_maps": Operation(_read_maps, _put_maps, inos=("inos",), may_miss=True),
+    "allocate_slices": _changes_of(_allocate, _put_ids, inos=()),
+    "reserve": _changes_of(_reserve, _put_count),
+    "commit": _changes_of(lambda s, m, c: s.commit(c, _ino(m.ino), _commit(s, m)), _put_inode),
+    "punch": _changes_of(_punch, wire.put_open, _put_without_map),
+    "copy_range": _changes_of(_copy_range, _put_copied, _put_copied_without_map, inos=("source", "target")),
 }
 """By the name of the field in Request."""

@@ -1,8 +1,11 @@
 """The server: who may call, and which call goes where.
 
 Owns the listening socket, the connections, and the one table from errors to what a client is told. Metadata operations travel
-on streams (connection); administration is a connection for each call (administration). Every connection begins with a token,
-which is checked before anything else is looked at.
+on streams (connection); administration is a connection for each call (administration, managing). Every connection begins with
+a token, which is checked before anything else is looked at; what it allows goes with the call.
+
+A stream ends when its token expires or is revoked. Processes look twice a second whether any was revoked (`watch_tokens`),
+and once a minute at each that is in use: a process may have ended between revoking one and saying so.
 """
 
 from __future__ import annotations
@@ -10,10 +13,11 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import math
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import aclosing
-from typing import Any, Final, TypeVar
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any, Final, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
@@ -25,19 +29,39 @@ from metasvc.api.volume_format import dump_format, parse_format
 from metasvc.engine import first_rows
 from metasvc.errors import FsError, NotOwner, StoreError, VolumeExists, VolumeIncomplete, VolumeMissing
 from metasvc.server.administration import administer, dump_parts, problems
+from metasvc.server.audit import audited
 from metasvc.server.connection import Connection, Silent
 from metasvc.server.loading import check_format, load_volume
+from metasvc.server.managing import Managing
+from metasvc.server.names import check_name, volume_name
+from metasvc.server.rights import Rights, TokenRefused
 from metasvc.server.session import Misbehaved
-from metasvc.server.tokens import TokenRefused, Tokens
+from metasvc.server.tokens import Tokens
 from metasvc.server.volumes import SessionEnded, Volume, Volumes
 
 OPENING_S: Final = 10.0
 """A connection that has not said by then what it is for is closed."""
 BACKLOG: Final = 1024
+REVOKED_S: Final = 0.5
+"""So often a process looks whether tokens were revoked."""
+_ALL_LOOKED_AT_S: Final = 60.0
 
 log = logging.getLogger(__name__)
 
 _Message = TypeVar("_Message", bound=Message)
+
+
+class _Call(NamedTuple):
+    """One call, as its opening says."""
+
+    volume: str
+    """TENANT/NAME, for those of one volume."""
+    rights: Rights
+    peer: str
+    """Where the client is, for logs."""
+
+
+_Method = Callable[[_Call, Frames], Awaitable[None]]
 
 
 class Service:
@@ -47,10 +71,11 @@ class Service:
         """Take what is served, and who is let in."""
         self._volumes = volumes
         self._tokens = tokens
+        self._managing = Managing(volumes, tokens, self.cut_off)
         self._server: asyncio.Server | None = None
         self._serving: set[asyncio.Task[None]] = set()
         self._open: set[Frames] = set()
-        self._methods: dict[int, Callable[[pb.Opening, Frames], Awaitable[None]]] = {
+        self._methods: dict[int, _Method] = {
             pb.Opening.SESSION: self._session,
             pb.Opening.ADMINISTER: self._unary(pb.AdminRequest, self._administer),
             pb.Opening.CHECK: self._check,
@@ -59,6 +84,7 @@ class Service:
             pb.Opening.HAND_OVER: self._unary(pb.HandOverRequest, self._hand_over),
             pb.Opening.DUMP: self._dump,
             pb.Opening.LOAD: self._load,
+            pb.Opening.MANAGE: self._unary(pb.ManageRequest, self._manage),
         }
         self.connections: set[Connection] = set()
 
@@ -139,7 +165,7 @@ class Service:
             raise Misbehaved("sent a message that is damaged") from None
         if not opening.token:
             raise TokenRefused("there is no token: give one with --token-file or ATOLL_TOKEN")
-        self._tokens.check(opening.token)
+        call = _Call(opening.volume, await self._tokens.check(opening.token), frames.peer)
         method = self._methods.get(opening.method)
         if method is None:
             frames.end(pb.Ended.UNKNOWN_METHOD, f"method {opening.method}")
@@ -147,9 +173,9 @@ class Service:
         frames.greet()
         frames.max_bytes = MAX_REQUEST_BYTES
         if opening.method == pb.Opening.SESSION:
-            await method(opening, frames)
+            await method(call, frames)
             return
-        work = asyncio.ensure_future(method(opening, frames))
+        work = asyncio.ensure_future(method(call, frames))
         waited: set[asyncio.Future[Any]] = {work, frames.closed}
         try:
             await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
@@ -159,93 +185,132 @@ class Service:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
 
-    def _unary(
-        self, request: type[Message], answer: Callable[[Any, pb.Opening], Awaitable[Message]]
-    ) -> Callable[[pb.Opening, Frames], Awaitable[None]]:
+    def _unary(self, request: type[Message], answer: Callable[[Any, _Call], Awaitable[Message]]) -> _Method:
         """Return the method that answers one request by one message."""
 
-        async def serve(opening: pb.Opening, frames: Frames) -> None:
+        async def serve(call: _Call, frames: Frames) -> None:
             asked = await _request(request, frames)
-            frames.send((await answer(asked, opening)).SerializeToString())
+            frames.send((await answer(asked, call)).SerializeToString())
 
         return serve
 
-    async def _session(self, opening: pb.Opening, frames: Frames) -> None:
-        connection = Connection(frames)
+    async def _session(self, call: _Call, frames: Frames) -> None:
+        connection = Connection(frames, call.rights)
         self.connections.add(connection)
+        left_s = call.rights.left_s()
+        expiry = None
+        if left_s is not None:
+            refusal = TokenRefused("the token has expired: ask for another one")
+            expiry = asyncio.get_running_loop().call_later(left_s, connection.fail, refusal)
         try:
-            await connection.serve(await self._volume(opening))
+            await connection.serve(await self._volume(call))
         finally:
             self.connections.discard(connection)
+            if expiry is not None:
+                expiry.cancel()
 
-    async def _administer(self, request: pb.AdminRequest, opening: pb.Opening) -> Message:
-        volume = await self._volume(opening)
-        reply = await administer(volume.admin, request)
+    async def _administer(self, request: pb.AdminRequest, call: _Call) -> Message:
+        volume = await self._volume(call)
+        reply = await administer(volume.admin, request, call.rights, peer=call.peer, volume=volume.name)
         if reply.HasField("status"):
             reply.status.counters.update(volume.job_counters())
         return reply
 
-    async def _check(self, opening: pb.Opening, frames: Frames) -> None:
+    async def _check(self, call: _Call, frames: Frames) -> None:
         request = await _request(pb.CheckRequest, frames)
-        volume = await self._volume(opening)
-        async for problem in problems(volume.admin, request):
-            frames.send(problem.SerializeToString())
-            await frames.drain()
-            if frames.closed.done():
-                return
-
-    async def _dump(self, opening: pb.Opening, frames: Frames) -> None:
-        await _request(pb.DumpRequest, frames)
-        volume = await self._volume(opening)
-        async with aclosing(dump_parts(volume.admin)) as parts:
-            async for part in parts:
-                frames.send(part.SerializeToString())
+        with self._administering(call, "repair" if request.repair else "check"):
+            volume = await self._volume(call)
+            async for problem in problems(volume.admin, request):
+                frames.send(problem.SerializeToString())
                 await frames.drain()
                 if frames.closed.done():
                     return
 
-    async def _load(self, opening: pb.Opening, frames: Frames) -> None:
-        tenant, name = _volume_name(opening)
-        await load_volume(self._volumes, tenant, name, frames)
+    async def _dump(self, call: _Call, frames: Frames) -> None:
+        await _request(pb.DumpRequest, frames)
+        with self._administering(call, "dump"):
+            volume = await self._volume(call)
+            async with aclosing(dump_parts(volume.admin)) as parts:
+                async for part in parts:
+                    frames.send(part.SerializeToString())
+                    await frames.drain()
+                    if frames.closed.done():
+                        return
 
-    async def _create_volume(self, request: pb.CreateVolumeRequest, _: pb.Opening) -> Message:
+    async def _load(self, call: _Call, frames: Frames) -> None:
+        with self._administering(call, "load"):
+            tenant, name = volume_name(call.volume)
+            await load_volume(self._volumes, tenant, name, frames)
+
+    async def _create_volume(self, request: pb.CreateVolumeRequest, call: _Call) -> Message:
         volume_format = parse_format(request.format.json)
         for text in (volume_format.tenant, volume_format.name):
             check_name(text)
-        store = self._volumes.store
-        check_format(volume_format)
-        if any(each.uuid == volume_format.uuid for each in await store.list_volumes()):
-            raise VolumeExists(f"there is a volume with the uuid {volume_format.uuid}: make another")
-        rows = first_rows(volume_format, uid=request.uid, gid=request.gid, mode=request.mode & 0o7777)
-        await store.add_tenant(volume_format.tenant, created_ns=time.time_ns())
-        await store.create_volume(volume_format, rows)
-        log.info("volume %s/%s was made", volume_format.tenant, volume_format.name)
-        return pb.VolumeFormat(json=dump_format(volume_format))
+        with self._administering(call._replace(volume=f"{volume_format.tenant}/{volume_format.name}"), "make"):
+            store = self._volumes.store
+            check_format(volume_format)
+            if any(each.uuid == volume_format.uuid for each in await store.list_volumes()):
+                raise VolumeExists(f"there is a volume with the uuid {volume_format.uuid}: make another")
+            rows = first_rows(volume_format, uid=request.uid, gid=request.gid, mode=request.mode & 0o7777)
+            await store.add_tenant(volume_format.tenant, created_ns=time.time_ns())
+            await store.create_volume(volume_format, rows)
+            log.info("volume %s/%s was made", volume_format.tenant, volume_format.name)
+            return pb.VolumeFormat(json=dump_format(volume_format))
 
-    async def _list_volumes(self, request: pb.ListVolumesRequest, _: pb.Opening) -> Message:
+    async def _list_volumes(self, request: pb.ListVolumesRequest, call: _Call) -> Message:
         formats = await self._volumes.store.list_volumes()
-        wanted = [each for each in formats if not request.tenant or each.tenant == request.tenant]
+        asked_for = [each for each in formats if request.tenant in ("", each.tenant)]
+        wanted = [each for each in asked_for if call.rights.sees(each.tenant, each.name)]
         return pb.ListVolumesReply(formats=[pb.VolumeFormat(json=dump_format(each)) for each in wanted])
 
-    async def _hand_over(self, request: pb.HandOverRequest, _: pb.Opening) -> Message:
+    async def _hand_over(self, request: pb.HandOverRequest, call: _Call) -> Message:
+        if not call.rights.is_process:
+            raise TokenRefused("volumes are handed over to processes of this service only")
         server = parse_server(request.server)
         if server is None:
             raise FsError(22, f"{request.server[:80]!r} is no HOST:PORT")
         return pb.HandOverReply(volumes=await self._volumes.hand_over(server, request.owned))
 
-    async def _volume(self, opening: pb.Opening) -> Volume:
-        return await self._volumes.get(*_volume_name(opening))
+    async def _manage(self, request: pb.ManageRequest, call: _Call) -> Message:
+        return await self._managing.manage(request, call.rights, call.peer)
 
+    async def _volume(self, call: _Call) -> Volume:
+        tenant, name = volume_name(call.volume)
+        call.rights.require_volume(tenant, name)
+        volume = await self._volumes.get(tenant, name)
+        call.rights.require_same(volume.format.uuid)
+        return volume
 
-def _volume_name(opening: pb.Opening) -> tuple[str, str]:
-    """Return tenant and name of the volume that a call is about. VolumeMissing, FsError."""
-    try:
-        tenant, name = opening.volume.split("/")
-    except ValueError as error:
-        raise VolumeMissing("the call names no volume: upgrade the client") from error
-    check_name(tenant)
-    check_name(name)
-    return tenant, name
+    @contextmanager
+    def _administering(self, call: _Call, what: str) -> Iterator[None]:
+        """Let only an administrator of the tenant do what is done in the block, and note it in the audit log."""
+        tenant, name = volume_name(call.volume)
+        with audited(call.rights, call.peer, what, f"{tenant}/{name}"):
+            call.rights.require_volume(tenant, name)
+            call.rights.require_admin(f"to {what} a volume", tenant=tenant)
+            yield
+
+    # -- tokens -----------------------------------------------------------------------------------------------------------
+
+    async def watch_tokens(self) -> None:
+        """Cut off whoever uses a token that was revoked, until cancelled."""
+        known, looked_s = b"", -math.inf
+        while True:
+            try:
+                count, now_s = await self._tokens.revoked_count(), time.monotonic()
+                if count != known or now_s - looked_s > _ALL_LOOKED_AT_S:
+                    in_use = [connection.rights for connection in self.connections]
+                    self.cut_off(await self._tokens.no_longer_good(in_use))
+                    known, looked_s = count, now_s
+            except AtollError as error:
+                log.warning("whether tokens were revoked is looked at again later: %s", error)
+            await asyncio.sleep(REVOKED_S)
+
+    def cut_off(self, token_ids: Collection[str]) -> None:
+        """End the streams that use some tokens."""
+        for connection in list(self.connections):
+            if connection.rights.token_id in token_ids:
+                connection.fail(TokenRefused("the token was revoked: ask for another one"))
 
 
 async def _request(kind: type[_Message], frames: Frames) -> _Message:
@@ -265,15 +330,6 @@ async def _request(kind: type[_Message], frames: Frames) -> _Message:
 
 def _one_request(_: bytes) -> None:
     raise Misbehaved("a second request on a connection for one")
-
-
-def check_name(text: str) -> None:
-    """Refuse what cannot be the name of a tenant or a volume: they stand in addresses. FsError EINVAL."""
-    allowed = text.replace("-", "").replace("_", "").replace(".", "")
-    if not 0 < len(text) <= 63 or not allowed.isalnum() or not text.isascii() or not text[0].isalnum():
-        raise FsError(
-            22, f"{text[:80]!r} is no name: letters, digits, '-', '_' and '.', at most 63, a letter or digit first"
-        )
 
 
 def is_loopback(host: str) -> bool:

@@ -8,6 +8,10 @@ or not, and their replies are kept (metasvc.server.replies). A client that comes
 more (`quiet`), says what it has open, and repeats what it has no reply to. So a request never runs twice at a time, and opens
 are never counted twice. A repeated request that was applied is answered from what was kept; `create` then counts its open,
 which the client could not know of.
+
+What a client may do is said by the token of the connection that it has now (metasvc.server.rights). Every inode that a request
+of a confined session names, and every one that it is answered, is looked at in the same step as what the request does
+(`_run_confined`); requests that take several steps are looked at before and after.
 """
 
 from __future__ import annotations
@@ -17,19 +21,23 @@ import errno
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, Final, NamedTuple, Protocol
 
 from chunkstore.errors import AtollError
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api import wire
 from metasvc.engine import Engine, EngineSession
+from metasvc.engine.engine import LOAD_AT_ONCE
+from metasvc.engine.scope import Scope
 from metasvc.engine.tx import Tx
 from metasvc.errors import Fenced, FsError
-from metasvc.model import Caller, Ino, Replies, SessionId
+from metasvc.model import Caller, Ino, Inode, Replies, SessionId
 from metasvc.server.metrics import ServiceMetrics
 from metasvc.server.operations import OPERATIONS, Operation
 from metasvc.server.replies import ReplyLog, framed
+from metasvc.server.rights import EVERYTHING, Rights
 
 MAX_OUTSTANDING: Final = 256
 """Most requests of a session at a time."""
@@ -45,6 +53,19 @@ MAX_REPLY_BYTES: Final = 60 * 1024 * 1024
 """Clients take messages of 64 MiB. Only the map of a file with thousands of small slices could be larger."""
 
 log = logging.getLogger(__name__)
+
+
+class _Asked(NamedTuple):
+    """What the guard of a confined session must know of a request under way."""
+
+    inos: Sequence[Ino] = ()
+    """That it names."""
+    finds: bool = False
+    """Its result are inodes."""
+
+
+_NOTHING_ASKED: Final = _Asked()
+_asked: ContextVar[_Asked] = ContextVar("the request under way", default=_NOTHING_ASKED)
 
 
 class Misbehaved(Exception):
@@ -85,6 +106,9 @@ class ServedSession(EngineSession):
         self.is_ending = False
         self.heard_s = time.monotonic()
         self.requests_total = 0
+        self.rights = EVERYTHING
+        self._scope: Scope | None = None
+        self._run_free = self._run
         self._replies = ReplyLog(session_id, stored)
         self._running: dict[int, asyncio.Task[None]] = {}
         self._puts: dict[int, tuple[Callable[[Any, pb.Reply], None], set[Ino]]] = {}
@@ -94,6 +118,41 @@ class ServedSession(EngineSession):
     def outstanding(self) -> int:
         """Return how many requests are under way."""
         return len(self._running)
+
+    def allow(self, rights: Rights) -> None:
+        """Let the client do from now on what a token allows, and no more. Call while nothing of the session is under way."""
+        self.rights = rights
+        self._scope = Scope(rights.root, self._has_open) if rights.is_confined else None
+        self._run = self._run_free if self._scope is None else self._run_confined
+
+    def _has_open(self, ino: Ino) -> bool:
+        return self._session_id in self._engine.sessions_holding(ino)
+
+    async def _run_confined(self, rule: Callable[..., Any], *args: Any, **further: Any) -> Any:
+        """Run a rule if all inodes that the request names are within reach, and so are those of the result. ENOENT."""
+        scope, asked = self._scope, _asked.get()
+        assert scope is not None
+
+        def confined(tx: Tx) -> Any:
+            scope.require(tx, asked.inos)
+            result = rule(tx, *args)
+            if asked.finds and rule is not _nothing:
+                found: list[Inode] = result if isinstance(result, list) else [result]
+                scope.require(tx, [inode.ino for inode in found])
+            return result
+
+        return await self._run_free(confined, **further)
+
+    async def _reached(self, inos: Sequence[Ino]) -> list[Ino]:
+        """Return those inodes that the client may touch."""
+        scope = self._scope
+        if scope is None:
+            return list(inos)
+        reached: list[Ino] = []
+        for first in range(0, len(inos), LOAD_AT_ONCE):
+            part = inos[first : first + LOAD_AT_ONCE]
+            reached += await self._run_free(lambda tx, part=part: [ino for ino in part if scope.reaches(tx, ino)])
+        return reached
 
     async def quiet(self) -> None:
         """Wait until none of the requests so far is under way. Those that wait for a hold to end are given up.
@@ -116,8 +175,10 @@ class ServedSession(EngineSession):
         To that belongs what was opened by a create whose reply got lost: the client is about to ask for it again.
         """
         self._replies.confirm(confirmed)
-        counts = Counter(opens)
+        reached = await self._reached(list(opens))
+        counts = Counter({ino: opens[ino] for ino in reached})
         counts.update(self._replies.opened(repeated))
+        promised = {ino: end for ino, end in promised.items() if ino in counts}
         await self._engine.resume_session(self._session_id, counts, promised)
 
     def take_leases(self, *, listens: bool) -> None:
@@ -187,7 +248,7 @@ class ServedSession(EngineSession):
         directories = {Ino(getattr(message, field)) for field in operation.directories}
         self._puts[number] = (operation.keep or operation.put, directories)
         try:
-            result = await operation.call(self, message, caller)
+            result = await self._call(operation, message, caller)
             kept = self._replies.get(number) if operation.keep is None else None
             answer = await self._sendable(framed(_done(number, operation.put, result)) if kept is None else kept)
             failed = False
@@ -216,6 +277,26 @@ class ServedSession(EngineSession):
         self._running.pop(number, None)
         # Nobody waits for the reply to a release: it opens the window for more, and goes out with the next reply.
         self._send(answer, may_wait=name == "release")
+
+    async def _call(self, operation: Operation, message: Any, caller: Caller) -> Any:
+        """Run an operation, if the client may. EROFS, ENOENT."""
+        if operation.changes and self.rights.is_read_only:
+            raise FsError(errno.EROFS, "the token is read-only")
+        if self._scope is None:
+            return await operation.call(self, message, caller)
+        if operation.may_miss:
+            (field,) = operation.inos
+            kept = await self._reached(getattr(message, field))
+            message.ClearField(field)
+            getattr(message, field).extend(kept)
+            _asked.set(_Asked(kept))
+        else:
+            _asked.set(_Asked([Ino(getattr(message, field)) for field in operation.inos], operation.finds))
+        await self._run_confined(_nothing)
+        result = await operation.call(self, message, caller)
+        if operation.has_steps:
+            await self._run_confined(_nothing)
+        return result
 
     def _recorder(self, caller: Caller) -> Callable[[Any, Tx], Replies] | None:
         number = caller.request_id
@@ -252,6 +333,10 @@ class ServedSession(EngineSession):
     def _send(self, message: bytes, *, may_wait: bool = False) -> None:
         if self.outlet is not None:
             self.outlet.send(message, may_wait=may_wait)
+
+
+def _nothing(_: Tx) -> None:
+    """Do nothing: a rule of which only what is looked at before counts."""
 
 
 def _done(number: int, put: Callable[[Any, pb.Reply], None], result: Any) -> pb.Reply:

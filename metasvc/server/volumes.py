@@ -38,7 +38,7 @@ from metasvc.engine import Engine, EngineAdmin
 from metasvc.engine.accounts import USED_BYTES, USED_INODES
 from metasvc.engine.engine import DEFAULT_MEMORY_BYTES
 from metasvc.engine.memory_budget import MemoryBudget
-from metasvc.errors import NotOwner, VolumeIncomplete, VolumeMissing
+from metasvc.errors import FsError, NotOwner, VolumeIncomplete, VolumeMissing
 from metasvc.model import Ino, SessionId, VolumeFormat
 from metasvc.server.metrics import ServiceMetrics
 from metasvc.server.session import ServedSession
@@ -473,6 +473,25 @@ class Volumes:
             await _close_for(volume, NotOwner(owner_text(server), 0.0))
         log.info("volume %s was handed over to %s", volume.name, server)
         return True
+
+    async def delete(self, tenant: str, name: str) -> None:
+        """Delete a volume that this process owns, with all its rows. FsError EBUSY while clients use it.
+
+        NotOwner if another process was quicker to take it when this one had given it up: ask there.
+        """
+        key = tenant, name
+        volume = await self.get(tenant, name)
+        async with self._opening[key]:
+            if self._open.get(key) is not volume:
+                raise AtollError("the volume changes hands: try again", retryable=True)
+            used_by = sum(session.outlet is not None for session in volume.sessions.values())
+            if used_by:
+                raise FsError(16, f"{used_by} clients use volume {volume.name}: unmount them, or revoke their tokens")
+            del self._open[key]
+            if (watch := self._watches.pop(volume, None)) is not None:
+                watch.cancel()
+            await _close_for(volume, VolumeMissing(f"volume {volume.name} was deleted"))
+            await self.store.delete_volume(tenant, name)
 
     async def _watch(self, key: tuple[str, str], volume: Volume) -> None:
         await volume.engine.failed.wait()

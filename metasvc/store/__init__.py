@@ -144,8 +144,27 @@ class Store(Protocol):
         """Keep a value under a name, durably, unless there is one; whether it is this one now."""
         ...
 
+    async def settings(self, prefix: str) -> dict[str, bytes]:
+        """Return what is kept under names that begin so, in order of the names. Cost: on Redis that of all names."""
+        ...
+
+    async def replace_setting(self, name: str, value: bytes, *, expected: bytes) -> bool:
+        """Keep another value under a name, durably, if ``expected`` is there; whether it was.
+
+        After a StoreError nobody knows: read what is there.
+        """
+        ...
+
+    async def delete_setting(self, name: str) -> bool:
+        """Forget, durably, what is kept under a name; whether there was something. After a StoreError nobody knows."""
+        ...
+
     async def add_tenant(self, name: str, *, created_ns: int) -> bool:
         """Make a tenant, durably; False if there is one of that name."""
+        ...
+
+    async def remove_tenant(self, name: str) -> bool:
+        """Forget a tenant, durably; whether there was one. Its volumes are not looked at."""
         ...
 
     async def tenants(self) -> Sequence[str]:

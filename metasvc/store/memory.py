@@ -257,11 +257,26 @@ class MemoryStore:
         self._settings[name] = value
         return True
 
+    async def settings(self, prefix: str) -> dict[str, bytes]:
+        return {name: self._settings[name] for name in sorted(self._settings) if name.startswith(prefix)}
+
+    async def replace_setting(self, name: str, value: bytes, *, expected: bytes) -> bool:
+        if self._settings.get(name) != expected:
+            return False
+        self._settings[name] = value
+        return True
+
+    async def delete_setting(self, name: str) -> bool:
+        return self._settings.pop(name, None) is not None
+
     async def add_tenant(self, name: str, *, created_ns: int) -> bool:
         if name in self._tenants:
             return False
         self._tenants[name] = created_ns
         return True
+
+    async def remove_tenant(self, name: str) -> bool:
+        return self._tenants.pop(name, None) is not None
 
     async def tenants(self) -> Sequence[str]:
         return sorted(self._tenants)

@@ -149,6 +149,11 @@ class Shelf:
         return part_key(self._uuid, name, number)
 
 
+def prefixes_of(uuid: str) -> tuple[str, str]:
+    """Return below which prefixes the backups of a volume lie, in the order in which they are removed."""
+    return f"{_MANIFESTS}{uuid}/", f"{_PARTS}{uuid}/"
+
+
 def part_key(uuid: str, name: str, number: int) -> str:
     """Return the key of a part."""
     return f"{_PARTS}{uuid}/{name}/{number:08d}"

@@ -117,8 +117,22 @@ class PostgresqlStore:
     async def create_setting(self, name: str, value: bytes) -> bool:
         return await self._insert("INSERT INTO setting (name, value) VALUES ($1, $2)", name, value)
 
+    async def settings(self, prefix: str) -> dict[str, bytes]:
+        sql = "SELECT name, value FROM setting WHERE name >= $1 AND starts_with(name, $1) ORDER BY name"
+        return dict(await self._fetch(sql, prefix))
+
+    async def replace_setting(self, name: str, value: bytes, *, expected: bytes) -> bool:
+        sql = "UPDATE setting SET value = $2 WHERE name = $1 AND value = $3 RETURNING true"
+        return await self._is_changed(sql, name, value, expected)
+
+    async def delete_setting(self, name: str) -> bool:
+        return await self._is_changed("DELETE FROM setting WHERE name = $1 RETURNING true", name)
+
     async def add_tenant(self, name: str, *, created_ns: int) -> bool:
         return await self._insert("INSERT INTO tenant (name, created_ns) VALUES ($1, $2)", name, created_ns)
+
+    async def remove_tenant(self, name: str) -> bool:
+        return await self._is_changed("DELETE FROM tenant WHERE name = $1 RETURNING true", name)
 
     async def tenants(self) -> Sequence[str]:
         return [name for (name,) in await self._fetch("SELECT name FROM tenant ORDER BY name")]
@@ -130,13 +144,11 @@ class PostgresqlStore:
 
     async def _insert(self, sql: str, *values: object) -> bool:
         """Add a row durably unless one has its key; whether it is this one."""
-        return (
-            await self._change(
-                lambda connection: connection.fetchval(f"{sql} ON CONFLICT (name) DO NOTHING RETURNING true", *values),
-                again=False,
-            )
-            is True
-        )
+        return await self._is_changed(f"{sql} ON CONFLICT (name) DO NOTHING RETURNING true", *values)
+
+    async def _is_changed(self, sql: str, *values: object) -> bool:
+        """Run, once, a statement that answers true for the row that it changed, durably; whether there was one."""
+        return await self._change(lambda connection: connection.fetchval(sql, *values), again=False) is True
 
     async def _change(self, work: Callable[[asyncpg.Connection], Awaitable[T]], *, again: bool = True) -> T:
         return await self._changes.call(work, deadline_s=CHANGE_DEADLINE_S, again=again)

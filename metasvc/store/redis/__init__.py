@@ -147,8 +147,20 @@ class RedisStore:
     async def create_setting(self, name: str, value: bytes) -> bool:
         return await self._on_catalog(lambda link: names_of.create_setting(link, self._catalog, name, value))
 
+    async def settings(self, prefix: str) -> dict[str, bytes]:
+        return await self._read_catalog(lambda link: names_of.settings(link, self._catalog, prefix))
+
+    async def replace_setting(self, name: str, value: bytes, *, expected: bytes) -> bool:
+        return await self._on_catalog(lambda link: names_of.replace_setting(link, self._catalog, name, value, expected))
+
+    async def delete_setting(self, name: str) -> bool:
+        return await self._on_catalog(lambda link: names_of.delete_setting(link, self._catalog, name))
+
     async def add_tenant(self, name: str, *, created_ns: int) -> bool:
         return await self._on_catalog(lambda link: names_of.add_tenant(link, self._catalog, name, created_ns))
+
+    async def remove_tenant(self, name: str) -> bool:
+        return await self._on_catalog(lambda link: names_of.remove_tenant(link, self._catalog, name))
 
     async def tenants(self) -> Sequence[str]:
         found: list[str] = []

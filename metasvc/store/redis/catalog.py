@@ -31,13 +31,17 @@ __all__ = [
     "Reserved",
     "add_tenant",
     "create_setting",
+    "delete_setting",
     "due",
     "enter",
     "find",
     "names",
     "prepare",
+    "remove_tenant",
+    "replace_setting",
     "reserve",
     "setting",
+    "settings",
     "settle_doom",
     "strike",
     "tenants",
@@ -99,6 +103,30 @@ if redis.call('ZRANGEBYLEX', KEYS[1], '[' .. ARGV[1], '(' .. ARGV[1]:sub(1, -2) 
     return 0
 end
 return redis.call('ZADD', KEYS[1], '0', ARGV[1] .. ARGV[2])
+"""
+)
+
+# KEYS: settings. ARGV: what names begin with. Answers name, value, name …
+_SETTINGS: Final = Script(
+    """#!lua flags=no-writes
+local found = {}
+for _, name in ipairs(redis.call('HKEYS', KEYS[1])) do
+    if name:sub(1, #ARGV[1]) == ARGV[1] then
+        found[#found + 1] = name
+        found[#found + 1] = redis.call('HGET', KEYS[1], name)
+    end
+end
+return found
+"""
+)
+# KEYS: settings. ARGV: name, value, the value that is to be there. Answers 1 if it was.
+_REPLACE_SETTING: Final = Script(
+    """#!lua
+if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[3] then
+    return 0
+end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+return 1
 """
 )
 
@@ -201,10 +229,34 @@ async def create_setting(link: Link, catalog: Catalog, name: str, value: bytes) 
     return bool(await link.command(b"HSETNX", catalog.key("settings"), name, value))
 
 
+async def settings(link: Link, catalog: Catalog, prefix: str) -> dict[str, bytes]:
+    """Return what is kept under names that begin so, in order of the names. One trip, for all names that there are."""
+    found = await _SETTINGS.run(link, [catalog.key("settings")], [prefix.encode()])
+    kept = {name.decode(): value for name, value in zip(found[::2], found[1::2], strict=True)}
+    return {name: kept[name] for name in sorted(kept)}
+
+
+async def replace_setting(link: Link, catalog: Catalog, name: str, value: bytes, expected: bytes) -> bool:
+    """Keep another value under a name if the expected one is there; whether it was."""
+    return bool(await _REPLACE_SETTING.run(link, [catalog.key("settings")], [name.encode(), value, expected]))
+
+
+async def delete_setting(link: Link, catalog: Catalog, name: str) -> bool:
+    """Forget what is kept under a name; whether there was something."""
+    return bool(await link.command(b"HDEL", catalog.key("settings"), name))
+
+
 async def add_tenant(link: Link, catalog: Catalog, name: str, created_ns: int) -> bool:
     """Add a tenant; False if there is one of that name."""
     arguments = [ordered_name(name.encode()) + END, b"%d" % created_ns]
     return bool(await _ADD_TENANT.run(link, [catalog.key("tenants")], arguments))
+
+
+async def remove_tenant(link: Link, catalog: Catalog, name: str) -> bool:
+    """Forget a tenant; whether there was one."""
+    place = ordered_name(name.encode()) + END
+    bounds = b"[" + place, b"(" + place[:-1] + b"\1"
+    return bool(await link.command(b"ZREMRANGEBYLEX", catalog.key("tenants"), *bounds))
 
 
 async def tenants(link: Link, catalog: Catalog, after: bytes | None) -> tuple[list[str], bytes | None]:

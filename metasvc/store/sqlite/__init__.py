@@ -125,9 +125,22 @@ class SqliteStore:
         sql = "INSERT OR IGNORE INTO setting (name, value) VALUES (?, ?)"
         return bool(await self._writer.call(_count_changed, sql, (name, value)))
 
+    async def settings(self, prefix: str) -> dict[str, bytes]:
+        return await self._readers.call(_settings, prefix)
+
+    async def replace_setting(self, name: str, value: bytes, *, expected: bytes) -> bool:
+        sql = "UPDATE setting SET value = ? WHERE name = ? AND value = ?"
+        return bool(await self._writer.call(_count_changed, sql, (value, name, expected)))
+
+    async def delete_setting(self, name: str) -> bool:
+        return bool(await self._writer.call(_count_changed, "DELETE FROM setting WHERE name = ?", (name,)))
+
     async def add_tenant(self, name: str, *, created_ns: int) -> bool:
         sql = "INSERT OR IGNORE INTO tenant (name, created_ns) VALUES (?, ?)"
         return bool(await self._writer.call(_count_changed, sql, (name, created_ns)))
+
+    async def remove_tenant(self, name: str) -> bool:
+        return bool(await self._writer.call(_count_changed, "DELETE FROM tenant WHERE name = ?", (name,)))
 
     async def tenants(self) -> Sequence[str]:
         return await self._readers.call(_tenants)
@@ -159,6 +172,11 @@ def _create_volume(connection: sqlite3.Connection, volume_format: VolumeFormat, 
 def _setting(connection: sqlite3.Connection, name: str) -> bytes | None:
     row = connection.execute("SELECT value FROM setting WHERE name = ?", (name,)).fetchone()
     return None if row is None else bytes(row[0])
+
+
+def _settings(connection: sqlite3.Connection, prefix: str) -> dict[str, bytes]:
+    sql = "SELECT name, value FROM setting WHERE name >= ? AND substr(name, 1, ?) = ? ORDER BY name"
+    return {name: bytes(value) for name, value in connection.execute(sql, (prefix, len(prefix), prefix))}
 
 
 def _tenants(connection: sqlite3.Connection) -> list[str]:

@@ -23,7 +23,7 @@ from tests.metasvc.engine.test_load import Slow, under_way
 from tests.metasvc.engine.volumes import volume_format
 from tests.metasvc.server.served import Cutter, Served, connected, served
 from tests.metasvc.store.kinds import KINDS, new_store_of
-from tests.servers.postgresql import PostgreSQL
+from tests.servers.fixtures import Servers
 
 ROOT = Caller()
 NAME = "acme/data"
@@ -32,22 +32,22 @@ NAME = "acme/data"
 class Stores:
     """Makes stores of any kind."""
 
-    def __init__(self, directory: Path, server: PostgreSQL) -> None:
+    def __init__(self, directory: Path, servers: Servers) -> None:
         self._directory = directory
-        self._server = server
+        self._servers = servers
         self._numbers = itertools.count()
 
     async def new(self, kind: str) -> Store:
         place = self._directory / str(next(self._numbers))
         place.mkdir()
-        store = await new_store_of(kind, place, self._server)
+        store = await new_store_of(kind, place, self._servers)
         close_at_end(store.close)
         return store
 
 
 @pytest.fixture
-def stores(tmp_path: Path, postgresql: PostgreSQL) -> Stores:
-    return Stores(tmp_path, postgresql)
+def stores(tmp_path: Path, servers: Servers) -> Stores:
+    return Stores(tmp_path, servers)
 
 
 def form() -> VolumeFormat:

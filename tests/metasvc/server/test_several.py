@@ -16,7 +16,7 @@ from client.meta.remote import RemoteMeta
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api.server import Server, owner_of
 from metasvc.model import ROOT_INO
-from metasvc.server.tokens import prepare
+from metasvc.server.tokens import Tokens, prepare
 from metasvc.store import Store
 from metasvc.store.memory import MemoryStore
 from tests.metasvc.engine.volumes import ROOT, format_volume
@@ -129,7 +129,8 @@ async def test_processes_even_out_what_they_own_and_sessions_go_on_there() -> No
 
         async def ask(other: Server, owned: int) -> list[str]:
             request = pb.HandOverRequest(server=str(servers[1]), owned=owned).SerializeToString()
-            answer = await Endpoint([other], first.token).ask(pb.Opening.HAND_OVER, request)
+            token = (await Tokens.load(store)).for_this_process()
+            answer = await Endpoint([other], token).ask(pb.Opening.HAND_OVER, request)
             return list(pb.HandOverReply.FromString(answer).volumes)
 
         keeping = asyncio.create_task(second.volumes.keep_open(ask))

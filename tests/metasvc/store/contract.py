@@ -512,6 +512,66 @@ class StoreContract:
             )
             assert sorted(made) == [False, True]
 
+    async def test_settings_are_replaced_only_from_what_is_expected(self, world: World) -> None:
+        async with world.running():
+            one, other = await world.process(), await world.process()
+            assert not await one.replace_setting("token/a", b"new", expected=b"")
+            assert await one.create_setting("token/a", b"\0old")
+            assert not await other.replace_setting("token/a", b"new", expected=b"\0old\0")
+            assert await other.replace_setting("token/a", b"\xffnew", expected=b"\0old")
+            assert await one.setting("token/a") == b"\xffnew"
+            done = await asyncio.gather(
+                *(
+                    store.replace_setting("token/a", b"%d" % n, expected=b"\xffnew")
+                    for n, store in enumerate((one, other))
+                )
+            )
+            assert sorted(done) == [False, True]
+            assert await one.setting("token/a") == b"%d" % done.index(True)
+
+    async def test_settings_are_listed_by_what_their_names_begin_with(self, world: World) -> None:
+        async with world.running():
+            one, other = await world.process(), await world.process()
+            names = [
+                "token/b",
+                "token/\u00e9",
+                "token/a",
+                "token",
+                "tokens",
+                "token/%",
+                "token0",
+                "token/\U0001f3dd",
+                "tokem/z",
+            ]
+            for name in names:
+                assert await one.create_setting(name, name.encode())
+            found = await other.settings("token/")
+            assert list(found.items()) == [
+                (name, name.encode()) for name in ("token/%", "token/a", "token/b", "token/\u00e9", "token/\U0001f3dd")
+            ]
+            assert sorted(await one.settings("")) == sorted(names)
+            assert await one.settings("token/%%") == {}
+
+    async def test_a_setting_is_forgotten(self, world: World) -> None:
+        async with world.running():
+            one, other = await world.process(), await world.process()
+            assert not await one.delete_setting("gone")
+            assert await one.create_setting("gone", b"1")
+            assert await other.delete_setting("gone")
+            assert await one.setting("gone") is None
+            assert not await one.replace_setting("gone", b"2", expected=b"1")
+            assert await one.create_setting("gone", b"3")
+
+    async def test_a_tenant_is_forgotten(self, world: World) -> None:
+        async with world.running():
+            one, other = await world.process(), await world.process()
+            assert await one.add_tenant("a", created_ns=1)
+            assert await one.add_tenant("ab", created_ns=1)
+            assert await other.remove_tenant("a")
+            assert not await one.remove_tenant("a")
+            assert list(await one.tenants()) == ["ab"]
+            assert await one.add_tenant("a", created_ns=2)
+
     async def test_tenants_are_made_once_and_listed_in_order(self, world: World) -> None:
         async with world.running():
             one, other = await world.process(), await world.process()

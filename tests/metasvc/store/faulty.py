@@ -230,6 +230,18 @@ class FaultyStore:
     async def create_setting(self, name: str, value: bytes) -> bool:
         return await self._inner.create_setting(name, value)
 
+    async def remove_tenant(self, name: str) -> bool:
+        return await self._inner.remove_tenant(name)
+
+    async def settings(self, prefix: str) -> dict[str, bytes]:
+        return await self._inner.settings(prefix)
+
+    async def replace_setting(self, name: str, value: bytes, *, expected: bytes) -> bool:
+        return await self._inner.replace_setting(name, value, expected=expected)
+
+    async def delete_setting(self, name: str) -> bool:
+        return await self._inner.delete_setting(name)
+
     async def add_tenant(self, name: str, *, created_ns: int) -> bool:
         return await self._inner.add_tenant(name, created_ns=created_ns)
 

@@ -251,3 +251,23 @@ def test_slice_ids_of_a_restored_volume_begin_above_what_is_in_the_bucket(tmp_pa
     assert next_slice > late
     assert atoll("gc", str(tmp_path / "copy")).returncode == 0
     assert not path.exists()
+
+
+def test_backups_go_with_the_volume_that_is_deleted_and_stay_with_its_objects(tmp_path: Path) -> None:
+    bucket = tmp_path / "bucket"
+    bucket.mkdir()
+    with service(tmp_path, options=OPTIONS) as running:
+        environment = {"ATOLL_TOKEN": running.token}
+        for name in ("gone", "kept"):
+            made = atoll("format", running.address(name), "--bucket", f"file://{bucket}", environment=environment)
+            assert made.returncode == 0, made
+        until(lambda: len(backups(f"file://{bucket}", {})) == 2, "a backup of each")
+        assert atoll("delete", "--yes", running.address("gone"), environment=environment).returncode == 0
+        kept = atoll("delete", "--yes", "--keep-objects", running.address("kept"), environment=environment)
+        assert kept.returncode == 0, kept
+        [left] = backups(f"file://{bucket}", {})
+        assert left["volume"] == "acme/kept"
+        assert [path.name for path in (bucket / "backups" / "parts").glob("*/*")] == [left["name"]]
+        # It is the way back.
+        loaded = atoll("load", f"file://{bucket}", running.address("kept"), environment=environment)
+        assert loaded.returncode == 0, loaded

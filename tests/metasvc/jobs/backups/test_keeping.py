@@ -20,11 +20,11 @@ import structlog.testing
 from chunkstore.buckets.directory import DirectoryStore
 from chunkstore.errors import AtollError, BucketFull, BucketUnavailable
 from chunkstore.geometry import KIB
-from metasvc.engine.dump import DumpTooSlow
+from metasvc.engine.dump import DumpTooSlow, dump
 from metasvc.engine.load import load
 from metasvc.errors import NotOwner
 from metasvc.jobs.backups import BackupPolicy, Backups, Manifest, Shelf, held_from_ns, read_backup
-from metasvc.jobs.backups.making import make_backup
+from metasvc.jobs.backups.making import PUTS_AT_ONCE, make_backup
 from metasvc.jobs.backups.shelf import part_key
 from metasvc.jobs.schedule import JobRates
 from metasvc.jobs.served import ServedJobs
@@ -156,19 +156,27 @@ async def test_rests_after_failures_grow_to_the_interval(tmp_path: Path) -> None
         assert await at.backups.back_up() == 1
 
 
-async def test_a_slow_reader_ends_the_try_with_its_reason(tmp_path: Path) -> None:
+async def test_a_bucket_that_is_too_slow_ends_the_try_and_holds_nobody_back(tmp_path: Path) -> None:
     async with bench(tmp_path) as at:
-
-        async def broken() -> AsyncGenerator[DumpPart, None]:
-            async with contextlib.aclosing(at.volume.admin.dump()) as parts:
-                async for part in parts:
-                    yield part
-                    raise DumpTooSlow("too much changed")
-
-        at.dump = broken
+        at.faults.open_puts.clear()
+        slow = asyncio.create_task(
+            make_backup(
+                at.shelf,
+                lambda: dump(at.volume.engine, tapped_bytes=2000, page_rows=2, wide_page_rows=2),
+                window_s=60,
+                check_owned=nobody_else,
+                part_bytes=100,
+            )
+        )
+        await at.faults.until(lambda: at.faults.waiting_puts == PUTS_AT_ONCE)
+        for number in range(30):
+            await at.volume.meta.mkdir(ROOT, ROOT_INO, b"more%d" % number, mode=0o755)
+        assert at.faults.waiting_puts == PUTS_AT_ONCE, "no more than that is on its way"
+        at.faults.open_puts.set()
         with pytest.raises(DumpTooSlow):
-            await at.backups.back_up()
+            await slow
         assert await at.names() == []
+        assert await at.shelf.partial() == []
 
 
 async def test_a_dump_that_is_cut_off_is_no_backup(tmp_path: Path) -> None:

@@ -17,6 +17,9 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from client.cli.main import atoll as commands
+from tests.mount.mounted import atoll
+from tests.mount.service import ServiceProcess
+from tests.servers.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -54,6 +57,9 @@ def check_options(words: Sequence[str]) -> None:
     name = words.pop(0)
     command = group.get_command(context, name)
     assert command is not None, name
+    if isinstance(command, click.Group):
+        command = command.get_command(context, words.pop(0))
+        assert command is not None, words
     known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     given = {word.partition("=")[0] for word in words if word.startswith("-")}
     assert given, words
@@ -136,7 +142,59 @@ def test_compose_runs_commands_that_there_are() -> None:
         else:
             check_options(command)
             checked.add(command[0])
-    assert checked == {"serve", "mount", "format", "status"}
+    assert checked == {"serve", "mount", "format", "status", "token"}
+
+
+def run_step(name: str, replaced: dict[str, str], environment: dict[str, str]) -> None:
+    """Run what a container of compose runs once, with other places."""
+    service = compose()["services"][name]
+    script = service["command"][0].replace("$$", "$")
+    for old, new in replaced.items():
+        assert old in script, (name, old)
+        script = script.replace(old, new)
+    done = subprocess.run(
+        [*service["entrypoint"], script],
+        env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", **environment},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done
+
+
+def test_the_steps_of_compose_make_store_volume_and_tokens_once(tmp_path: Path) -> None:
+    admin, mount = tmp_path / "admin", tmp_path / "mount"
+    for directory in (admin, mount, tmp_path / "bucket"):
+        directory.mkdir()
+    running = ServiceProcess(tmp_path, free_ports(1)[0])
+    init = {"/run/atoll": str(admin)}
+    token, own = admin / "admin.token", mount / "token"
+    run_step("init", init, {"STORE": running.store})
+    first = token.read_text()
+    run_step("init", init, {"STORE": running.store})
+    assert token.read_text() == first, "a second start leaves it"
+    token.unlink()
+    run_step("init", init, {"STORE": running.store})
+    try:
+        running.start()
+        address = f"127.0.0.1:{running.port}"
+        places = {
+            "/run/atoll-mount": str(mount),
+            "service:9410": address,
+            "s3://atoll/volumes?endpoint=http://seaweedfs:8333&region=us-east-1": f"file://{tmp_path}/bucket",
+        }
+        environment = {"ATOLL_TOKEN_FILE": str(token)}
+        run_step("format", places, environment)
+        found = own.read_text(), atoll("status", f"atoll://{address}/team/data", environment=environment).stdout
+        assert own.stat().st_mode & 0o777 == 0o600
+        run_step("format", places, environment)
+        assert own.read_text() == found[0]
+        of_the_mount = {"ATOLL_TOKEN_FILE": str(own)}
+        assert atoll("status", f"atoll://{address}/team/data", environment=of_the_mount).returncode == 0
+        assert atoll("tenant", "list", f"atoll://{address}", environment=of_the_mount).returncode == 1
+    finally:
+        running.abandon()
 
 
 def test_compose_names_only_what_it_has() -> None:

@@ -105,8 +105,9 @@ def command(
         access = None
     elif policy is not None:
         raise click.UsageError("--backup is for embedded volumes: give it to `atoll serve`")
-    else:
-        access = access_by(token_file, env=os.environ, timeout_s=meta_timeout)
+    if policy is not None and read_only:
+        raise click.UsageError("--backup and --read-only: a mount that changes nothing makes no backups, leave one out")
+    access = access_by(token_file, env=os.environ, timeout_s=meta_timeout)
     if metrics is not None:
         from client.metrics_server import parse_listen
 

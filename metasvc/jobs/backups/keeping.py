@@ -135,7 +135,7 @@ class Backups:
         }
 
     async def _look(self) -> list[Manifest]:
-        self._known = await self._shelf().manifests()
+        self._known = await self._shelf().manifests(self._known or ())
         self._looked_s = self._clock_s()
         return self._known
 

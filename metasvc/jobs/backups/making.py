@@ -45,7 +45,7 @@ async def make_backup(
     """Dump a volume into its bucket. ``check_owned`` raises if somebody else may own the volume now.
 
     Errors: those of the dump and of the bucket, BackupTooSlow. There is no backup then, and its parts are removed as far as
-    the bucket takes that now. If it is cancelled they stay.
+    the bucket takes that now; one that was on its way may come later. If it is cancelled they stay.
     """
     name = new_name(clock_ns())
     writing = _Writing(shelf, name, part_bytes)

@@ -15,7 +15,7 @@ import re
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
 
@@ -99,12 +99,13 @@ class Shelf:
         self._bucket = bucket
         self._uuid = uuid
 
-    async def manifests(self) -> list[Manifest]:
+    async def manifests(self, known: Iterable[Manifest] = ()) -> list[Manifest]:
         """Return the backups that there are, oldest first. DumpDamaged, FormatUnsupported, and errors of the bucket.
 
-        A request for each backup, and one for the listing.
+        A request for the listing, and one for each backup that is not ``known``: a manifest never changes.
         """
-        return await _manifests(self._bucket, f"{_MANIFESTS}{self._uuid}/", refused=None)
+        read = {f"{_MANIFESTS}{each.uuid}/{each.name}": each for each in known}
+        return await _manifests(self._bucket, f"{_MANIFESTS}{self._uuid}/", refused=None, read=read)
 
     async def put_part(self, name: str, number: int, data: bytes) -> None:
         """Store a part."""
@@ -190,9 +191,17 @@ async def _get_part(bucket: ObjectStore, manifest: Manifest, number: int) -> byt
         raise DumpDamaged(f"backup {manifest.name} lacks part {number}: restore another with --backup NAME") from error
 
 
-async def _manifests(bucket: ObjectStore, prefix: str, *, refused: Callable[[str], None] | None) -> list[Manifest]:
+async def _manifests(
+    bucket: ObjectStore,
+    prefix: str,
+    *,
+    refused: Callable[[str], None] | None,
+    read: Mapping[str, Manifest] | None = None,
+) -> list[Manifest]:
+    read = read or {}
     keys = [info.key async for info in bucket.list(prefix)]
-    found: list[Manifest] = []
+    found = [read[key] for key in keys if key in read]
+    keys = [key for key in keys if key not in read]
     for start in range(0, len(keys), _GETS_AT_ONCE):
         some = keys[start : start + _GETS_AT_ONCE]
         found += await _read_manifests(bucket, some, refused)

@@ -175,8 +175,8 @@ async def test_a_bucket_that_is_too_slow_ends_the_try_and_holds_nobody_back(tmp_
         at.faults.open_puts.set()
         with pytest.raises(DumpTooSlow):
             await slow
+        # Parts that were on their way may have come behind their removal: they go after a day.
         assert await at.names() == []
-        assert await at.shelf.partial() == []
 
 
 async def test_a_dump_that_is_cut_off_is_no_backup(tmp_path: Path) -> None:
@@ -345,13 +345,15 @@ async def test_where_no_backups_are_made_what_was_promised_is_kept_and_no_more(t
         assert await at.backups.held_from_ns() == made.made_ns - 900 * S
         at.now_ns = made.made_ns + 86401 * S
         assert await at.backups.held_from_ns() is None
-        requests = at.faults.requests["get"]
+        # Another process makes one: it looks now and then.
+        made = await make_backup(at.shelf, at.volume.admin.dump, window_s=86400, check_owned=nobody_else)
+        at.now_ns = made.kept_until_ns
+        gets = at.faults.requests["get"]
         at.now_s += 599
         assert await at.backups.held_from_ns() is None
-        assert at.faults.requests["get"] == requests
         at.now_s += 2
-        assert await at.backups.held_from_ns() is None
-        assert at.faults.requests["get"] > requests, "it looks now and then"
+        assert await at.backups.held_from_ns() == made.made_ns - 900 * S
+        assert at.faults.requests["get"] == gets + 1, "what it has read it does not read again"
 
 
 async def test_a_list_of_backups_that_cannot_be_read_holds_all_garbage(tmp_path: Path) -> None:

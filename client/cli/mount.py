@@ -99,15 +99,16 @@ def command(
     if cache_size is not None and cache_size < MIN_CACHE_BYTES:
         raise click.UsageError(f"--cache-size is at least {format_size(MIN_CACHE_BYTES)}: give more")
     policy = backup_policy(backup, backup_window)
+    if policy is not None and read_only:
+        raise click.UsageError("--backup and --read-only: a mount that changes nothing makes no backups, leave one out")
     volume = parse_address(address)
+    if policy is not None and not isinstance(volume, EmbeddedAddress):
+        raise click.UsageError("--backup is for embedded volumes: give it to `atoll serve`")
     if isinstance(volume, EmbeddedAddress):
         check_is_volume(volume)
         access = None
-    elif policy is not None:
-        raise click.UsageError("--backup is for embedded volumes: give it to `atoll serve`")
-    if policy is not None and read_only:
-        raise click.UsageError("--backup and --read-only: a mount that changes nothing makes no backups, leave one out")
-    access = access_by(token_file, env=os.environ, timeout_s=meta_timeout)
+    else:
+        access = access_by(token_file, env=os.environ, timeout_s=meta_timeout)
     if metrics is not None:
         from client.metrics_server import parse_listen
 

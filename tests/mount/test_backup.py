@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.mounted import COMMAND_TIMEOUT_S, MountedVolume, atoll, mounted
-from tests.mount.service import service
+from tests.mount.service import service, services
 from tests.mount.test_dump import Writer, check_contents, content_of
 from tests.servers.buckets import Bucket
 from tests.servers.faults import FaultProxy, Hang, LostAnswer
@@ -201,6 +201,27 @@ def test_a_service_that_is_killed_in_a_backup_leaves_none_or_a_whole_one(
         assert atoll("fsck", str(copy), environment=keys).returncode == 0
 
 
+def test_a_volume_that_changes_hands_in_a_backup_is_backed_up_by_the_next_owner(
+    tmp_path: Path, bucket: Bucket, fault_proxy: FaultProxy
+) -> None:
+    keys, near = dict(bucket.environment), bucket.at(fault_proxy.endpoint)
+    url = f"sqlite:///{tmp_path}/shared.db"
+    with services(tmp_path, url, count=2, options=OPTIONS, environment=keys) as processes:
+        fault_proxy.inject(Hang(), method="PUT", key="backups/parts/")
+        environment = {**keys, "ATOLL_TOKEN": processes[0].token}
+        made = atoll("format", processes[0].address(), "--bucket", near.url, environment=environment)
+        assert made.returncode == 0, made
+        until(lambda: fault_proxy.count(method="PUT", key="backups/parts/") > 0, "a backup that hangs")
+        [owner] = [each for each in processes if "is open" in each.log_path.read_text()]
+        [other] = [each for each in processes if each is not owner]
+        owner.end()
+        assert backups(bucket.url, keys) == []
+        fault_proxy.clear()
+        until(lambda: bool(backups(bucket.url, keys)), "a backup by the next owner")
+        assert "backup made" in other.log_path.read_text()
+        assert "backup made" not in owner.log_path.read_text()
+
+
 def test_commands_say_what_there_is_and_what_to_do(tmp_path: Path) -> None:
     bucket = tmp_path / "bucket"
     bucket.mkdir()
@@ -227,6 +248,8 @@ def test_commands_say_what_there_is_and_what_to_do(tmp_path: Path) -> None:
     chosen = atoll("load", url, str(tmp_path / "copy"), "--volume", str(first["uuid"]))
     assert chosen.returncode == 0, chosen
     assert atoll("fsck", str(tmp_path / "copy")).returncode == 0
+    beside = atoll("mount", one.address, str(tmp_path / "one"), "--backup", "1h", "--read-only")
+    assert (beside.returncode, len(beside.stderr.splitlines())) == (2, 1), beside
     for wrong in ("1", "0s", "1y", "10s", "8d"):
         bad = atoll("mount", one.address, str(tmp_path / "one"), "--backup", wrong)
         assert (bad.returncode, len(bad.stderr.splitlines())) == (2, 1), bad

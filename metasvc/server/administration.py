@@ -167,6 +167,10 @@ async def _is_pending(admin: MetaAdmin, slice_id: int) -> pb.AdminReply:
     return pb.AdminReply(flag=await admin.is_pending(SliceId(slice_id)))
 
 
+async def _is_garbage(admin: MetaAdmin, slice_id: int) -> pb.AdminReply:
+    return pb.AdminReply(flag=await admin.is_garbage(_slice_id(slice_id)))
+
+
 async def _is_live(admin: MetaAdmin, slice_id: int) -> pb.AdminReply:
     return pb.AdminReply(flag=await admin.is_live(_slice_id(slice_id)))
 
@@ -230,6 +234,7 @@ _OPERATIONS: Final[dict[str, tuple[_Operation, _Right]]] = {
     # Of slices that a mount finds on its disk after a crash: numbers, and nothing of anybody's files.
     "is_pending_id": (_is_pending, _Right.ANY),
     "is_live_id": (_is_live, _Right.ANY),
+    "is_garbage_id": (_is_garbage, _Right.READ_ALL),
     "compaction_candidates_limit": (_compaction_candidates, _Right.READ_ALL),
     "replace_refs": (_replace_refs, _Right.ADMIN),
     "statfs_ino": (_statfs, _Right.READ_ALL),

@@ -63,6 +63,7 @@ _UNEVEN: Final = 2
 _HANDED_OVER_AT_ONCE: Final = 16
 
 if TYPE_CHECKING:
+    from metasvc.jobs.backups import Backups
     from metasvc.jobs.schedule import JobState
 
 T = TypeVar("T")
@@ -106,6 +107,8 @@ class Volume:
         self.expired_total = 0
         self.jobs: Callable[[], Mapping[str, JobState]] = dict
         """What the jobs of the volume did, by name."""
+        self.backups: Backups | None = None
+        """If backups are made of it."""
         self._metrics = metrics
         self._store = store
         self._absent: set[SessionId] = set()
@@ -170,6 +173,8 @@ class Volume:
             "leases": len(self.engine.leases),
             "lease_recalls": self.engine.leases.recalls_total,
             "lease_recalls_expired": self.engine.leases.expired_total,
+            "owner_epoch": self.engine.owner.ownership.epoch,
+            **({} if self.backups is None else self.backups.gauges()),
         }
 
     def job_counters(self) -> dict[str, int]:

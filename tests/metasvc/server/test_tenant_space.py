@@ -246,7 +246,7 @@ async def test_the_quota_holds_through_lost_answers_and_changes_of_owners(seed: 
     """Random work on three volumes in as many processes, whose settings get lost at times: never more is used than may be."""
     rand = random.Random(seed)
     store = Doubtful(rand)
-    most = Limits(max_bytes=200 * SPACE_UNIT_BYTES, max_inodes=120)
+    most = Limits(max_bytes=100 * SPACE_UNIT_BYTES, max_inodes=80)
     await limit(store, most)
     refused = written = 0
     async with volumes(store, 3) as owned:
@@ -280,8 +280,8 @@ async def test_the_quota_holds_through_lost_answers_and_changes_of_owners(seed: 
                     await each.own()
 
         await asyncio.gather(*map(work, owned))
-        assert written > 50
-        assert refused > 5
+        assert written > 20
+        assert refused > 0
         store.fails = 0.0
         for each in owned:
             await each.look()

@@ -39,7 +39,7 @@ from bench.works import Timing
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 _PASSES: Final = 5
-_FILES: Final = {1: 4000, 4: 2000, 16: 1000}
+_FILES: Final = {1: 3000, 4: 1000, 16: 500}
 _QUICK_FILES: Final = {1: 300, 4: 100, 16: 40}
 
 
@@ -196,7 +196,7 @@ def _chosen(given: str | None, known: Sequence[str], option: str) -> list[str]:
 @click.option("--processes", default="1,4,16", show_default=True, help="Numbers of processes.")
 @click.option("--rounds", type=click.IntRange(1, 99), help="Of which the median counts.  [3, quick 1]")
 @click.option(
-    "--files", type=click.IntRange(1, 100_000), help="Of each process.  [4000, 2000, 1000; quick 300, 100, 40]"
+    "--files", type=click.IntRange(1, 100_000), help="Of each process.  [3000, 1000, 500; quick 300, 100, 40]"
 )
 @click.option(
     "--limit", "limit_s", type=click.FloatRange(1), default=300.0, show_default=True, help="Seconds for a work."

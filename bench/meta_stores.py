@@ -21,6 +21,8 @@ from tests.servers.redis import Redis
 
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 _JUICEFS: Final = "juicefs"
+# JuiceFS blanks its password in its arguments wherever it occurs: it must not be a word of the mount point.
+_JUICEFS_PASSWORD: Final = "open-sesame"
 # PostgreSQL's own defaults where the tests have smaller ones; statements are counted for both systems alike.
 _POSTGRESQL_SETTINGS: Final = {
     "shared_buffers": "128MB",
@@ -123,7 +125,7 @@ class PostgresqlStore:
 
     @property
     def juicefs(self) -> str:
-        return f"postgres://{_JUICEFS}:{_JUICEFS}@127.0.0.1:{self.server.port}/{_JUICEFS}?sslmode=disable"
+        return f"postgres://{_JUICEFS}:{_JUICEFS_PASSWORD}@127.0.0.1:{self.server.port}/{_JUICEFS}?sslmode=disable"
 
     @property
     def pid(self) -> int:
@@ -173,7 +175,7 @@ def postgresql_store() -> Iterator[Store]:
         raise StepFailed("no PostgreSQL here: install Debian's postgresql (scripts/setup.sh test)")
     with PostgreSQL(programs, settings=_POSTGRESQL_SETTINGS) as server:
         server.sql("CREATE EXTENSION pg_stat_statements", database="postgres")
-        server.sql(f"CREATE ROLE {_JUICEFS} LOGIN PASSWORD '{_JUICEFS}'", database="postgres")
+        server.sql(f"CREATE ROLE {_JUICEFS} LOGIN PASSWORD '{_JUICEFS_PASSWORD}'", database="postgres")
         server.sql(f"CREATE DATABASE {_JUICEFS} OWNER {_JUICEFS}", database="postgres")
         yield PostgresqlStore(server)
 

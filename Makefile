@@ -2,7 +2,7 @@
 # Options of the underlying program go into ARGS:  make test ARGS='tests/chunkstore -k header'
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup run stop test test-all test-stores check bench
+.PHONY: help setup run stop test test-all test-stores check bench bench-meta
 ARGS ?=
 # What mounts without saying of what, or starts a service without naming a store.
 MOUNTING = tests/mount tests/client/transport tests/atollfs
@@ -47,3 +47,7 @@ check: ## ruff, mypy and the rules about imports
 bench: ## compare with JuiceFS, rclone mount and ext4
 	@scripts/setup.sh runtime test bench
 	.venv/bin/python bench/run.py $(ARGS)
+
+bench-meta: ## compare operations on names with JuiceFS, on the same PostgreSQL and Redis
+	@scripts/setup.sh runtime test bench
+	.venv/bin/python bench/meta.py $(ARGS)

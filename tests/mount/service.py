@@ -111,14 +111,22 @@ def service(
 
 
 @contextlib.contextmanager
-def services(directory: Path, store_url: str, *, count: int) -> Iterator[list[ServiceProcess]]:
+def services(
+    directory: Path,
+    store_url: str,
+    *,
+    count: int,
+    options: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[list[ServiceProcess]]:
     """Run several processes on one store; each knows the addresses of all."""
     ports = free_ports(count)
     processes = []
     for number, port in enumerate(ports):
         place = directory / f"service-{number}"
         place.mkdir()
-        processes.append(ServiceProcess(place, port, store=store_url, ports=ports))
+        given = dict(environment or {})
+        processes.append(ServiceProcess(place, port, environment=given, options=options, store=store_url, ports=ports))
     processes[0].prepare()
     with contextlib.ExitStack() as stack:
         for process in processes:

@@ -381,9 +381,9 @@ async def _open_service(
 ) -> AsyncIterator[OpenVolume]:
     from client.meta.admin import RemoteAdmin
     from client.meta.connection import SessionConnection
-    from client.meta.endpoint import Endpoint
+    from client.meta.encryption import endpoint_at
 
-    endpoint = Endpoint(address.servers, access.token, reread=access.reread)
+    endpoint = endpoint_at(address, access.token, env=env, reread=access.reread)
     connection = SessionConnection(
         endpoint,
         address.name,

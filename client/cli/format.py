@@ -27,7 +27,7 @@ from client.address import (
     split_path,
 )
 from client.cli.new_volume import check_free, prepare_bucket, sync_directory
-from client.cli.options import COUNT, DAYS, SIZE, json_option
+from client.cli.options import COUNT, DAYS, SIZE, json_option, token_option
 from client.cli.output import echo_json, keep_quiet, limit
 from client.sizes import format_size
 from metasvc.model import VolumeFormat
@@ -79,7 +79,7 @@ class CompressionType(click.ParamType[str]):
 @click.option(
     "--inline-limit", type=SIZE, default="32KiB", show_default=True, help="Files up to this lie with the metadata."
 )
-@click.option("--token-file", metavar="FILE", help="The token for a service  [default: ATOLL_TOKEN, ATOLL_TOKEN_FILE]")
+@token_option
 @json_option
 def command(
     address: str,
@@ -183,9 +183,9 @@ async def _make_at_service(
 ) -> None:
     """Probe the bucket from here, then have the service make the volume."""
     from client.meta.admin import create_volume
-    from client.meta.endpoint import Endpoint
+    from client.meta.encryption import endpoint_at
     from client.volume import read_token
 
-    endpoint = Endpoint(address.servers, read_token(token_file, env=os.environ))
+    endpoint = endpoint_at(address, read_token(token_file, env=os.environ), env=os.environ)
     await prepare_bucket(address, volume_format.bucket_url, create=create_bucket)
     await create_volume(endpoint, volume_format, uid=os.geteuid(), gid=os.getegid(), mode=0o755)

@@ -24,7 +24,7 @@ import click
 from chunkstore.errors import AtollError
 from client.address import META_DB, OBJECTS, EmbeddedAddress, ServiceAddress, parse_address, shown, split_path
 from client.cli.new_volume import check_free, prepare_bucket, sync_directory
-from client.cli.options import json_option
+from client.cli.options import json_option, token_option
 from client.cli.output import echo_json, keep_quiet, moment
 from client.cli.progress import Shown, shown_progress
 from client.control.messages import Progress
@@ -41,7 +41,7 @@ _STOP_S: Final = 0.5
 @click.argument("file", metavar="FILE")
 @click.argument("address")
 @click.option("--bucket", metavar="URL", help="Where the objects are now, if not where the dump says.")
-@click.option("--token-file", metavar="FILE", help="The token for a service  [default: ATOLL_TOKEN, ATOLL_TOKEN_FILE]")
+@token_option
 @json_option
 def command(file: str, address: str, *, bucket: str | None, token_file: str | None, as_json: bool) -> None:
     """Make a volume at ADDRESS from the dump in FILE (- is stdin), which nobody can open before it is there whole.
@@ -184,11 +184,11 @@ async def _load_into_service(
     token_file: str | None,
     told: Callable[[int, int], None],
 ) -> tuple[VolumeFormat, int]:
-    from client.meta.endpoint import Endpoint
+    from client.meta.encryption import endpoint_at
     from client.meta.loading import load_volume
     from client.volume import read_token
 
-    endpoint = Endpoint(address.servers, read_token(token_file, env=os.environ))
+    endpoint = endpoint_at(address, read_token(token_file, env=os.environ), env=os.environ)
     return await load_volume(endpoint, address.name, source.data(), bucket_url=bucket, told=told)
 
 

@@ -10,17 +10,20 @@ import asyncio
 import os
 import signal
 import socket
+from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from client.cli.options import SIZE
+from client.cli.options import SIZE, ca_option
 from client.cli.output import say
-from metasvc.api.server import Server, parse_server
+from metasvc.api.server import Server, is_loopback, parse_server
 
 if TYPE_CHECKING:
+    from client.meta.encryption import Trust
+    from metasvc.server.certificate import Certificate
     from metasvc.server.tokens import Tokens
 
 GRACE_S: Final = 2.0
@@ -51,6 +54,9 @@ _CONTAINER_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
     is_flag=True,
     help="Print another admin token for a store that is prepared, and exit.",
 )
+@click.option("--tls-cert", metavar="FILE", help="The certificate with its chain, in PEM: answer by TLS only.")
+@click.option("--tls-key", metavar="FILE", help="Its key, in PEM.")
+@ca_option
 @click.option("--insecure", is_flag=True, help="Answer without encryption to other machines, too.")
 @click.option("--metrics", metavar="HOST:PORT", help="Where to answer /metrics for Prometheus.  [nowhere]")
 @click.option("--memory", "memory_bytes", type=SIZE, help="For rows of all volumes.  [1 GiB, or 1/8 of the machine's]")
@@ -63,6 +69,8 @@ def command(
     advertise: str | None,
     is_init: bool,
     is_new_token: bool,
+    tls_cert: str | None,
+    tls_key: str | None,
     insecure: bool,
     metrics: str | None,
     memory_bytes: int | None,
@@ -92,14 +100,20 @@ def command(
         parse_listen(metrics)
     if memory_bytes is not None and memory_bytes < _LEAST_MEMORY_BYTES:
         raise click.UsageError("--memory is too little: give at least 1MiB")
-    from metasvc.server.service import is_loopback
     from metasvc.store.open import without_password
 
-    if not is_loopback(host) and not insecure:
+    if (tls_cert is None) != (tls_key is None):
+        raise click.UsageError("--tls-cert and --tls-key go together: give both")
+    if tls_cert is None and not is_loopback(host) and not insecure:
         raise click.UsageError(
-            f"{host} can be reached by other machines and the service does not encrypt yet: "
-            "give --insecure if the network is trusted, or an address of loopback"
+            f"{host} can be reached by other machines: give --tls-cert and --tls-key, or --insecure if the network is "
+            "trusted, or an address of loopback"
         )
+    certificate = None
+    if tls_cert is not None and tls_key is not None:
+        from metasvc.server.certificate import Certificate
+
+        certificate = Certificate(os.path.abspath(tls_cert), os.path.abspath(tls_key))
     from client import logs
     from client.daemon import raise_limits
 
@@ -113,6 +127,8 @@ def command(
                 store_url,
                 listen,
                 advertise=advertise,
+                certificate=certificate,
+                is_plain_allowed=insecure,
                 metrics=metrics,
                 memory_bytes=_memory_bytes() if memory_bytes is None else memory_bytes,
                 cache_dir=cache_dir,
@@ -137,11 +153,14 @@ async def _serve(
     listen: str,
     *,
     advertise: str | None,
+    certificate: Certificate | None,
+    is_plain_allowed: bool,
     metrics: str | None,
     memory_bytes: int,
     cache_dir: Path | None,
     log: Any,
 ) -> None:
+    from client.meta.encryption import trust_of
     from client.metrics_server import metrics_server
     from client.volume import default_cache_dir
     from metasvc.jobs.served import ServedJobs
@@ -168,11 +187,14 @@ async def _serve(
             if metrics is not None:
                 stack.enter_context(metrics_server(metrics, volumes.metrics.text))
             stack.push_async_callback(volumes.close)
-            server = Server(listen.rpartition(":")[0], await service.start(listen))
+            server = Server(listen.rpartition(":")[0], await service.start(listen, certificate=certificate))
             stack.push_async_callback(service.stop, grace_s=GRACE_S)
             known_as = parse_server(advertise or "") or _reachable(server)
             volumes.serve_as(known_as)
-            others = _Others(tokens, known_as)
+            if certificate is not None:
+                stack.callback(_watch(certificate))
+            trust = trust_of(os.environ) if certificate is not None else None
+            others = _Others(tokens, known_as, trust, is_plain_allowed=is_plain_allowed)
             keeping = asyncio.create_task(volumes.keep_open(others.ask_for_some), name="volumes that nobody owns")
             stack.callback(keeping.cancel)
             watching = asyncio.create_task(service.watch_tokens(), name="tokens that were revoked")
@@ -187,9 +209,12 @@ async def _serve(
 class _Others:
     """The other processes of the service, as far as this one asks them something."""
 
-    def __init__(self, tokens: Tokens, server: Server) -> None:
+    def __init__(self, tokens: Tokens, server: Server, trust: Trust | None, *, is_plain_allowed: bool) -> None:
+        """They answer as this one does: by TLS, or all in plain text."""
         self._tokens = tokens
         self._server = server
+        self._trust = trust
+        self._is_plain_allowed = is_plain_allowed
 
     async def ask_for_some(self, other: Server, owned: int) -> list[str]:
         """Ask a process to give up volumes for this one, which owns so many; their names. ServiceUnavailable."""
@@ -199,10 +224,18 @@ class _Others:
         request = pb.HandOverRequest(server=str(self._server), owned=owned).SerializeToString()
         try:
             async with asyncio.timeout(_HAND_OVER_S):
-                data = await Endpoint([other], self._tokens.for_this_process()).ask(pb.Opening.HAND_OVER, request)
+                token = self._tokens.for_this_process()
+                endpoint = Endpoint([other], token, trust=self._trust, is_plain_allowed=self._is_plain_allowed)
+                data = await endpoint.ask(pb.Opening.HAND_OVER, request)
         except TimeoutError as error:
             raise ServiceUnavailable(f"the process at {other} hands over nothing for {_HAND_OVER_S:.0f} s") from error
         return list(pb.HandOverReply.FromString(data).volumes)
+
+
+def _watch(certificate: Certificate) -> Callable[[], object]:
+    """Have the certificate read again when its files are replaced, and on SIGHUP; how to end that."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: certificate.look(is_asked=True))
+    return asyncio.create_task(certificate.watch(), name="certificate").cancel
 
 
 def _reachable(server: Server) -> Server:

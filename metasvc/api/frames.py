@@ -43,6 +43,8 @@ STALLED_S: Final = 30.0
 _HIGH_BYTES: Final = 1024 * 1024
 _HEADER: Final = struct.Struct("<I")
 _ENDED: Final = 1 << 31
+_TLS_HELLO: Final = b"\x16\x03"
+_TLS_ALERT: Final = b"\x15\x03"
 
 
 class ConnectionLost(AtollError):
@@ -330,6 +332,8 @@ def _keep_alive(connection: socket.socket) -> None:
 def _no_magic(found: bytes) -> str:
     if found[:-1] == MAGIC[:-1]:
         return f"wire version {found[-1]}, this side speaks {MAGIC[-1]}: upgrade the older one"
+    if found[:2] in (_TLS_HELLO, _TLS_ALERT):
+        return "TLS, where plain text was expected: the address is atolls:// where the service has a certificate, else atoll://"
     return "no message of AtollFS"
 
 

@@ -11,7 +11,6 @@ and once a minute at each that is in use: a process may have ended between revok
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import math
 import time
@@ -30,6 +29,7 @@ from metasvc.engine import first_rows
 from metasvc.errors import FsError, NotOwner, StoreError, VolumeExists, VolumeIncomplete, VolumeMissing
 from metasvc.server.administration import administer, dump_parts, problems
 from metasvc.server.audit import audited
+from metasvc.server.certificate import Certificate
 from metasvc.server.connection import Connection, Silent
 from metasvc.server.loading import check_format, load_volume
 from metasvc.server.managing import Managing
@@ -45,6 +45,8 @@ BACKLOG: Final = 1024
 REVOKED_S: Final = 0.5
 """So often a process looks whether tokens were revoked."""
 _ALL_LOOKED_AT_S: Final = 60.0
+_SHUTDOWN_S: Final = 5.0
+"""So long a client may take to agree to the end of TLS."""
 
 log = logging.getLogger(__name__)
 
@@ -88,15 +90,23 @@ class Service:
         }
         self.connections: set[Connection] = set()
 
-    async def start(self, listen: str) -> int:
-        """Listen on HOST:PORT (port 0: any) without encryption; the port. StoreError if the address is taken."""
+    async def start(self, listen: str, *, certificate: Certificate | None = None) -> int:
+        """Listen on HOST:PORT (port 0: any), with a certificate by TLS only; the port. StoreError if the address is taken."""
         host, _, port = listen.rpartition(":")
+        encryption: dict[str, Any] = {}
+        if certificate is not None:
+            encryption = {
+                "ssl": certificate.context,
+                "ssl_handshake_timeout": OPENING_S,
+                "ssl_shutdown_timeout": _SHUTDOWN_S,
+            }
         try:
             self._server = await asyncio.get_running_loop().create_server(
                 lambda: Frames(max_bytes=MAX_OPENING_BYTES, on_made=self._accept),
                 host.strip("[]"),
                 int(port),
                 backlog=BACKLOG,
+                **encryption,
             )
         except OSError as error:
             raise StoreError(
@@ -330,14 +340,6 @@ async def _request(kind: type[_Message], frames: Frames) -> _Message:
 
 def _one_request(_: bytes) -> None:
     raise Misbehaved("a second request on a connection for one")
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether a host names this machine only."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 _REASONS: Final[dict[type[Exception], pb.Ended.Reason.ValueType]] = {

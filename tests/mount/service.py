@@ -44,7 +44,8 @@ class ServiceProcess:
 
     def address(self, volume: str = "data") -> str:
         servers = ",".join(f"{HOST}:{port}" for port in self.ports or (self.port,))
-        return f"atoll://{servers}/{TENANT}/{volume}"
+        scheme = "atolls" if "--tls-cert" in self.options else "atoll"
+        return f"{scheme}://{servers}/{TENANT}/{volume}"
 
     def prepare(self) -> None:
         """Make the store and keep the admin token."""
@@ -114,14 +115,25 @@ def service(
 
 
 @contextlib.contextmanager
-def services(directory: Path, store_url: str, *, count: int) -> Iterator[list[ServiceProcess]]:
+def services(
+    directory: Path,
+    store_url: str,
+    *,
+    count: int,
+    options: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[list[ServiceProcess]]:
     """Run several processes on one store; each knows the addresses of all."""
     ports = free_ports(count)
     processes = []
     for number, port in enumerate(ports):
         place = directory / f"service-{number}"
         place.mkdir()
-        processes.append(ServiceProcess(place, port, store_url=store_url, ports=ports))
+        processes.append(
+            ServiceProcess(
+                place, port, environment=environment or {}, options=options, store_url=store_url, ports=ports
+            )
+        )
     processes[0].prepare()
     with contextlib.ExitStack() as stack:
         for process in processes:

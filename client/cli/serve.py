@@ -24,6 +24,7 @@ from metasvc.api.server import Server, is_loopback, parse_server
 if TYPE_CHECKING:
     from client.meta.encryption import Trust
     from metasvc.server.certificate import Certificate
+    from metasvc.server.keys import MasterKeys
     from metasvc.server.tokens import Tokens
 
 GRACE_S: Final = 2.0
@@ -58,6 +59,14 @@ _CONTAINER_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
 @click.option("--tls-key", metavar="FILE", help="Its key, in PEM.")
 @ca_option
 @click.option("--insecure", is_flag=True, help="Answer without encryption to other machines, too.")
+@click.option(
+    "--master-key-file",
+    metavar="FILE",
+    help="32 bytes in base64, one key a line: the first encrypts keys of buckets, all decrypt  [default: ATOLL_MASTER_KEY]",
+)
+@click.option(
+    "--rotate-keys", "is_rotating", is_flag=True, help="Encrypt all keys of buckets by the first one, and exit."
+)
 @click.option("--metrics", metavar="HOST:PORT", help="Where to answer /metrics for Prometheus.  [nowhere]")
 @click.option("--memory", "memory_bytes", type=SIZE, help="For rows of all volumes.  [1 GiB, or 1/8 of the machine's]")
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="For compaction.  [/var/cache/atoll/serve]")
@@ -72,6 +81,8 @@ def command(
     tls_cert: str | None,
     tls_key: str | None,
     insecure: bool,
+    master_key_file: str | None,
+    is_rotating: bool,
     metrics: str | None,
     memory_bytes: int | None,
     cache_dir: Path | None,
@@ -80,12 +91,19 @@ def command(
     """Serve the volumes of a store at HOST:PORT until SIGTERM, and do their background work. Logs go to stderr.
 
     Several processes on one store share its volumes, and take over those of one that ends. The keys of the volumes' buckets
-    come from the environment, as for a mount.
+    are kept in the store, under the master key; for volumes without they come from the environment, as for a mount.
     """
     import uvloop
 
     if is_init or is_new_token:
         click.echo(asyncio.run(_admin_token(store_url, create=is_init)))
+        return
+    from metasvc.server.keys import MasterKeys
+
+    master = MasterKeys.find(master_key_file, env=os.environ)
+    if is_rotating:
+        count = asyncio.run(_rotate_keys(store_url, master))
+        click.echo(f"the keys of {count} volumes are under the first master key now")
         return
     if listen is None:
         raise click.UsageError("--listen is missing: give HOST:PORT, for example 127.0.0.1:9410")
@@ -128,6 +146,7 @@ def command(
                 listen,
                 advertise=advertise,
                 certificate=certificate,
+                master=master,
                 is_plain_allowed=insecure,
                 metrics=metrics,
                 memory_bytes=_memory_bytes() if memory_bytes is None else memory_bytes,
@@ -148,12 +167,24 @@ async def _admin_token(store_url: str, *, create: bool) -> str:
         await store.close()
 
 
+async def _rotate_keys(store_url: str, master: MasterKeys | None) -> int:
+    from metasvc.server.keys import BucketKeys
+    from metasvc.store.open import open_store
+
+    store = await open_store(store_url)
+    try:
+        return await BucketKeys(store, master).rotate()
+    finally:
+        await store.close()
+
+
 async def _serve(
     store_url: str,
     listen: str,
     *,
     advertise: str | None,
     certificate: Certificate | None,
+    master: MasterKeys | None,
     is_plain_allowed: bool,
     metrics: str | None,
     memory_bytes: int,
@@ -164,6 +195,7 @@ async def _serve(
     from client.metrics_server import metrics_server
     from client.volume import default_cache_dir
     from metasvc.jobs.served import ServedJobs
+    from metasvc.server.keys import BucketKeys
     from metasvc.server.service import Service
     from metasvc.server.tokens import Tokens
     from metasvc.server.volumes import Volumes
@@ -175,12 +207,15 @@ async def _serve(
     store = await open_store(store_url)
     try:
         tokens = await Tokens.load(store)
+        keys = BucketKeys(store, master)
+        await keys.check()
         jobs = ServedJobs(cache_dir=cache_dir or default_cache_dir(os.environ) / "serve", env=os.environ, log=log)
         volumes = Volumes(
             store,
             memory_bytes=memory_bytes,
             objects_url=_objects_url(store_url),
             work=jobs.run,
+            keys=keys,
         )
         service = Service(volumes, tokens)
         async with AsyncExitStack() as stack:

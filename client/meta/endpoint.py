@@ -108,6 +108,12 @@ class Endpoint:
         """Return the process that was asked last, as it stands in messages."""
         return str(self._asked)
 
+    @property
+    def is_private(self) -> bool:
+        """Return whether nobody else can read what is sent, whichever process is asked."""
+        named = self._servers if self._owner is None else (*self._servers, self._owner)
+        return self._trust is not None or all(is_loopback(server.host) for server in named)
+
     def take_new_token(self) -> bool:
         """Read the token again; whether it is another one."""
         if self._reread is None:

@@ -41,6 +41,7 @@ class Opening(_message.Message):
       DUMP           DumpRequest, answered by every DumpPart as it is made.
       LOAD           LoadRequest, then LoadData until one says that it is the end; answered by LoadState after each commit, the
                      last one with the format of the volume, which nobody can open before.
+      KEYS           KeysRequest, answered by KeysReply: the keys of a volume's bucket. Refused where others could listen.
       MANAGE         ManageRequest, answered by ManageReply: tenants, tokens, and the end of volumes.
     """
 
@@ -61,6 +62,7 @@ class Opening(_message.Message):
         LOAD: Opening._Method.ValueType  # 6
         HAND_OVER: Opening._Method.ValueType  # 7
         MANAGE: Opening._Method.ValueType  # 8
+        KEYS: Opening._Method.ValueType  # 16
 
     class Method(_Method, metaclass=_MethodEnumTypeWrapper): ...
     SESSION: Opening.Method.ValueType  # 0
@@ -72,6 +74,7 @@ class Opening(_message.Message):
     LOAD: Opening.Method.ValueType  # 6
     HAND_OVER: Opening.Method.ValueType  # 7
     MANAGE: Opening.Method.ValueType  # 8
+    KEYS: Opening.Method.ValueType  # 16
 
     METHOD_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
@@ -2560,6 +2563,104 @@ class ListVolumesReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListVolumesReply: _TypeAlias = ListVolumesReply  # noqa: Y015
+
+@_typing.final
+class KeysRequest(_message.Message):
+    """---- keys of buckets ----"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOOK_FIELD_NUMBER: _builtins.int
+    PUT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def look(self) -> Global___Nothing:
+        """What is kept; the volume need not exist."""
+
+    @_builtins.property
+    def put(self) -> Global___BucketKeys:
+        """Keep these, in place of those of before."""
+
+    def __init__(
+        self,
+        *,
+        look: Global___Nothing | None = ...,
+        put: Global___BucketKeys | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["look", b"look", "operation", b"operation", "put", b"put"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["look", b"look", "operation", b"operation", "put", b"put"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["look", "put"]  # noqa: Y015
+    _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_operation) -> _WhichOneofReturnType_operation | None: ...
+
+Global___KeysRequest: _TypeAlias = KeysRequest  # noqa: Y015
+
+@_typing.final
+class BucketKeys(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class VariablesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    VARIABLES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def variables(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """As variables of an environment: metasvc/api/bucket_keys.py has their names."""
+
+    def __init__(
+        self,
+        *,
+        variables: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["variables", b"variables"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BucketKeys: _TypeAlias = BucketKeys  # noqa: Y015
+
+@_typing.final
+class KeysReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FAILURE_FIELD_NUMBER: _builtins.int
+    HAS_MASTER_FIELD_NUMBER: _builtins.int
+    has_master: _builtins.bool
+    """The service can keep keys."""
+    @_builtins.property
+    def failure(self) -> Global___Failure: ...
+    def __init__(
+        self,
+        *,
+        failure: Global___Failure | None = ...,
+        has_master: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "has_master", b"has_master"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeysReply: _TypeAlias = KeysReply  # noqa: Y015
 
 @_typing.final
 class ManageRequest(_message.Message):

@@ -31,6 +31,7 @@ from google.protobuf.message import DecodeError
 
 from chunkstore.errors import AtollError
 from metasvc.api import atoll_pb2 as pb
+from metasvc.api.server import is_loopback
 
 MAGIC: Final = b"atollfs\x01"
 MAX_OPENING_BYTES: Final = 64 * 1024
@@ -109,6 +110,15 @@ class Frames(asyncio.Protocol):
         self._reader: asyncio.Future[None] | None = None
         self._deliver: Callable[[bytes], object] | None = None
         self._stalled: asyncio.TimerHandle | None = None
+
+    @property
+    def is_private(self) -> bool:
+        """Return whether nobody else can read what passes: by TLS, or within this machine. Of a connection that stands."""
+        assert self._transport is not None
+        if self._transport.get_extra_info("ssl_object") is not None:
+            return True
+        name: Any = self._transport.get_extra_info("peername")
+        return bool(name) and is_loopback(name[0])
 
     # -- sending ----------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """The jobs of a volume that a service has open: its bucket and, while any of them writes, a session and a chunk store.
 
-Owns opening these when they are first needed and closing them. The keys of the bucket come from the environment of the
-service. A job that finds no keys says so in the log, and asks again later.
+Owns opening these when they are first needed and closing them. The keys of the bucket are those that the service keeps for
+the volume, else those of its environment; when they are replaced, whatever opens the bucket next has the new ones. A job that
+finds no keys says so in the log, and asks again later.
 
 Jobs that write at the same time share session and chunk store (`_Writing`), as those of a mount share the mount's: a cache
 directory is one chunk store's at a time, and a job with hours of work must not keep the others from theirs.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -47,7 +48,7 @@ class _Writing:
     Who leaves last waits for nobody before it closes, so nothing stays open, whoever is cancelled where.
     """
 
-    def __init__(self, volume: Volume, *, cache_dir: Path, bucket: Callable[[], RetryingStore]) -> None:
+    def __init__(self, volume: Volume, *, cache_dir: Path, bucket: Callable[[], Awaitable[RetryingStore]]) -> None:
         self._volume = volume
         self._cache_dir = cache_dir
         self._bucket = bucket
@@ -95,7 +96,7 @@ class _Writing:
         )
         async with AsyncExitStack() as stack:
             meta = await stack.enter_async_context(session)
-            chunks = await stack.enter_async_context(ChunkStore(config, bucket=self._bucket()))
+            chunks = await stack.enter_async_context(ChunkStore(config, bucket=await self._bucket()))
             self._open = meta, chunks
             return stack.pop_all()
 
@@ -112,16 +113,21 @@ class ServedJobs:
 
     async def run(self, volume: Volume) -> None:
         """Work for one volume until cancelled."""
-        bucket: RetryingStore | None = None
+        buckets: list[RetryingStore] = []
+        """All that were opened; the last one is in use."""
+        opened_with: Mapping[str, str] | None = None
 
-        def opened() -> RetryingStore:
-            nonlocal bucket
-            if bucket is None:
-                bucket = open_bucket(volume.format.bucket_url, env=self._env)
-            return bucket
+        async def opened() -> RetryingStore:
+            nonlocal opened_with
+            kept = await volume.access.kept()
+            env = self._env if kept is None else kept
+            if not buckets or env is not opened_with:
+                buckets.append(open_bucket(volume.format.bucket_url, env=env))
+                opened_with = env
+            return buckets[-1]
 
         async def delete(rows: Sequence[Garbage]) -> None:
-            await delete_objects(opened(), volume.format, rows)
+            await delete_objects(await opened(), volume.format, rows)
 
         writing = _Writing(volume, cache_dir=self._cache_dir, bucket=opened).taken
         log = self._log.bind(volume=volume.name)
@@ -131,5 +137,5 @@ class ServedJobs:
         try:
             await jobs.run()
         finally:
-            if bucket is not None:
+            for bucket in buckets:
                 await bucket.close()

@@ -40,6 +40,8 @@ from metasvc.engine.engine import DEFAULT_MEMORY_BYTES
 from metasvc.engine.memory_budget import MemoryBudget
 from metasvc.errors import FsError, NotOwner, VolumeIncomplete, VolumeMissing
 from metasvc.model import Ino, SessionId, VolumeFormat
+from metasvc.server.access import VolumeAccess
+from metasvc.server.keys import BucketKeys
 from metasvc.server.metrics import ServiceMetrics
 from metasvc.server.session import ServedSession
 from metasvc.store import Store, VolumeStore
@@ -92,6 +94,7 @@ class Volume:
         expiry_s: float,
         objects_url: str,
         metrics: ServiceMetrics | None = None,
+        keys: BucketKeys | None = None,
     ) -> None:
         """Take over what is open."""
         self._objects_url = objects_url
@@ -99,6 +102,7 @@ class Volume:
         self.admin = EngineAdmin(engine)
         self.name = f"{engine.format.tenant}/{engine.format.name}"
         self.sessions: dict[SessionId, ServedSession] = {}
+        self.access = VolumeAccess(keys, lambda: self.format)
         self.expiry_s = expiry_s
         self.expired_total = 0
         self.jobs: Callable[[], Mapping[str, JobState]] = dict
@@ -122,10 +126,11 @@ class Volume:
         objects_url: str = "",
         work: Work | None = None,
         metrics: ServiceMetrics | None = None,
+        keys: BucketKeys | None = None,
     ) -> Volume:
         """Own a volume, and do its work. NotOwner while another process owns it."""
         engine = await Engine.open(store, address=address, memory=memory, keep_sessions=True)
-        volume = cls(store, engine, expiry_s=expiry_s, objects_url=objects_url, metrics=metrics)
+        volume = cls(store, engine, expiry_s=expiry_s, objects_url=objects_url, metrics=metrics, keys=keys)
         if metrics is not None:
             engine.committer.observe = metrics.observe_commit
             engine.committer.may_block = lambda: metrics.running <= 1
@@ -322,6 +327,7 @@ class Volumes:
         return_s: float = RETURN_S,
         objects_url: str = "",
         work: Work | None = None,
+        keys: BucketKeys | None = None,
     ) -> None:
         """``objects_url`` is where the default bucket lies. Nothing is opened before `serve_as`.
 
@@ -329,6 +335,7 @@ class Volumes:
         """
         self._objects_url = objects_url
         self._work = work
+        self._keys = keys
         self.metrics = ServiceMetrics(lambda: self)
         self.store = store
         self.expiry_s = expiry_s
@@ -350,6 +357,11 @@ class Volumes:
     def address(self) -> str:
         """What other processes, and commands, are told of who has a volume. Call behind `serve_as`."""
         return owner_text(self._server.result())
+
+    @property
+    def keeps_keys(self) -> bool:
+        """Return whether keys of buckets can be kept."""
+        return self._keys is not None and self._keys.has_master
 
     def __iter__(self) -> Iterator[Volume]:
         """Return those that are open."""
@@ -385,6 +397,7 @@ class Volumes:
                     objects_url=self._objects_url,
                     work=self._work,
                     metrics=self.metrics,
+                    keys=self._keys,
                 )
             except BaseException:
                 await store.close()
@@ -487,6 +500,8 @@ class Volumes:
                 watch.cancel()
             await _close_for(volume, VolumeMissing(f"volume {volume.name} was deleted"))
             await self.store.delete_volume(tenant, name)
+            if self._keys is not None:
+                await self._keys.forget(volume.format)
 
     async def _watch(self, key: tuple[str, str], volume: Volume) -> None:
         await volume.engine.failed.wait()

@@ -160,7 +160,8 @@ def command(
         f"trash kept for {trash_days:g} days"
     )
     if is_kept:
-        click.echo("the service keeps the keys of the bucket: clients need none")
+        is_signed = volume_format.bucket_url.startswith("s3:")
+        click.echo(f"the service keeps the keys of the bucket: clients need {'none' if is_signed else 'them, too'}")
     elif isinstance(where, ServiceAddress) and not volume_format.bucket_url.startswith("file:"):
         click.echo("the keys of the bucket are not kept: the service and every client need them in their environment")
     if bucket is not None and bucket.startswith("file:"):

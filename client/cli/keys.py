@@ -33,7 +33,7 @@ def set_keys(address: str, token_file: str | None) -> None:
     if not isinstance(where, ServiceAddress):
         raise click.UsageError(f"{shown(address)} is no volume of a service: give atolls://HOST:PORT/TENANT/VOLUME")
     count = asyncio.run(_set(where, token_file))
-    click.echo(f"the service keeps {count} variables for {where.name}: clients need none")
+    click.echo(f"the service keeps {count} variables for {where.name}")
 
 
 async def _set(where: ServiceAddress, token_file: str | None) -> int:

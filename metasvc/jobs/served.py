@@ -15,6 +15,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,6 +28,7 @@ from metasvc.engine.packing import Packing
 from metasvc.jobs.collecting import delete_objects
 from metasvc.jobs.schedule import JobRates, Jobs
 from metasvc.model import Garbage
+from metasvc.server.access import URL_LIFE_S
 
 if TYPE_CHECKING:
     from chunkstore.buckets.retry import RetryingStore
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 GARBAGE_AGE_S: Final = 60.0
 """Sessions elsewhere may have the map of before for so long without asking; whoever is later meets a missing object, and reads
-the map again."""
+the map again. Where URLs of blocks are signed it is so much more as they live: nobody asks who has one."""
 CACHE_BYTES: Final = 256 * 1024 * 1024
 """For the blocks of the chunks that are compacted: two chunks and some."""
 MOUNTPOINT: Final = "(jobs)"
@@ -130,9 +132,12 @@ class ServedJobs:
             await delete_objects(await opened(), volume.format, rows)
 
         writing = _Writing(volume, cache_dir=self._cache_dir, bucket=opened).taken
+        rates = self._rates
+        if volume.access.may_sign and rates.garbage_age_s == GARBAGE_AGE_S:
+            rates = replace(rates, garbage_age_s=URL_LIFE_S + GARBAGE_AGE_S)
         log = self._log.bind(volume=volume.name)
         engine = volume.engine
-        jobs = Jobs(volume.admin, lambda: volume.format, delete, writing, log, self._rates, Packing(engine), engine)
+        jobs = Jobs(volume.admin, lambda: volume.format, delete, writing, log, rates, Packing(engine), engine)
         volume.jobs = lambda: jobs.states
         try:
             await jobs.run()

@@ -6,13 +6,20 @@ Owns the keys while the volume is open. They are read once: whoever replaces the
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable, Mapping
+from typing import Final
 
+from chunkstore.signing import S3Signer
 from metasvc.api.bucket_keys import check_keys
+from metasvc.errors import FsError
 from metasvc.model import VolumeFormat
 from metasvc.server.keys import BucketKeys, KeysLocked
 
-__all__ = ["VolumeAccess"]
+__all__ = ["URL_LIFE_S", "VolumeAccess"]
+
+URL_LIFE_S: Final = 900
+"""So long a URL may be used: also by a client that has ended, for a file that is gone."""
 
 
 class VolumeAccess:
@@ -25,6 +32,7 @@ class VolumeAccess:
         self._kept: Mapping[str, str] | None = None
         self._is_read = False
         self._reading = asyncio.Lock()
+        self._signer: tuple[Mapping[str, str], S3Signer] | None = None
 
     async def kept(self) -> Mapping[str, str] | None:
         """Return the keys that are kept; None: there are none. KeysLocked, StoreError; asked again the next time."""
@@ -33,6 +41,28 @@ class VolumeAccess:
                 self._kept = await self._keys.of(self._form())
                 self._is_read = True
         return self._kept
+
+    @property
+    def may_sign(self) -> bool:
+        """Return whether URLs may be in use."""
+        return self._keys is not None and self._keys.has_master
+
+    async def signer(self) -> S3Signer | None:
+        """Return what signs URLs for clients; None where they need keys: none are kept, or the bucket is not on S3."""
+        kept = await self.kept()
+        url = self._form().bucket_url
+        if kept is None or not url.startswith("s3://"):
+            return None
+        if self._signer is None or self._signer[0] is not kept:
+            self._signer = kept, S3Signer(url, kept)
+        return self._signer[1]
+
+    async def require_signer(self) -> S3Signer:
+        """Return what signs URLs. ENOTSUP."""
+        signer = await self.signer()
+        if signer is None:
+            raise FsError(errno.ENOTSUP, "the service signs no URLs for this volume: its keys are in the environment")
+        return signer
 
     async def replace(self, variables: Mapping[str, str]) -> None:
         """Keep other keys from now on. KeysLocked, BucketKeysInvalid."""

@@ -194,7 +194,7 @@ class Volume:
             session_id = row.session_id
             stored = await self.engine.run(lambda tx, number=session_id: tx.get(REPLIES, number))
             self.sessions[session_id] = ServedSession(
-                self.engine, session_id, secret=row.secret, stored=stored, metrics=self._metrics
+                self.engine, session_id, secret=row.secret, stored=stored, metrics=self._metrics, access=self.access
             )
             self._absent.add(session_id)
 
@@ -231,7 +231,7 @@ class Volume:
         secret = secrets.token_bytes(16)
         session_id = await self.engine.begin_session(host=host, pid=pid, mountpoint=mountpoint, secret=secret)
         session = self.sessions[session_id] = ServedSession(
-            self.engine, session_id, secret=secret, metrics=self._metrics
+            self.engine, session_id, secret=secret, metrics=self._metrics, access=self.access
         )
         return session
 

@@ -2,13 +2,13 @@
 # Options of the underlying program go into ARGS:  make test ARGS='tests/chunkstore -k header'
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup run stop test test-all check bench
+.PHONY: help setup run stop test test-all check bench bench-meta
 ARGS ?=
 # `make test` makes the same random choices each time; `make test-all` new ones, and prints their seed.
 test: export ATOLL_TEST_SEED ?= 1
 
 help: ## list the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## install Debian packages that are missing, and .venv with the command .venv/bin/atoll
 	@scripts/setup.sh runtime
@@ -37,3 +37,7 @@ check: ## ruff, mypy and the rules about imports
 bench: ## compare with JuiceFS, rclone mount and ext4
 	@scripts/setup.sh runtime test bench
 	.venv/bin/python bench/run.py $(ARGS)
+
+bench-meta: ## compare operations on names with JuiceFS, on the same PostgreSQL and Redis
+	@scripts/setup.sh runtime test bench
+	.venv/bin/python bench/meta.py $(ARGS)

@@ -124,6 +124,27 @@ class MetadataService:
     """atoll://HOST:PORT"""
     token: str
     pid: int
+    metrics: str
+    """http://HOST:PORT/metrics"""
+
+
+def prepare_store(store: str, *, log: Path) -> str:
+    """Prepare a store for `atoll serve`; return the administrator's token."""
+    return run_step([find_command("atoll"), "serve", "--store", store, "--init"], log=log, limit_s=60).strip()
+
+
+@contextmanager
+def serving(
+    store: str, token: str, directory: Path, *, environment: Mapping[str, str], options: Sequence[str] = ()
+) -> Iterator[MetadataService]:
+    """Run `atoll serve` on a prepared store; its log lies in the directory."""
+    port, metrics_port = free_ports(2)
+    metrics = f"127.0.0.1:{metrics_port}"
+    arguments = [find_command("atoll"), "serve", "--store", store, "--listen", f"127.0.0.1:{port}"]
+    arguments += ["--metrics", metrics, "--cache-dir", str(directory / "cache"), *options]
+    with running(arguments, log=directory / "serve.log", environment=environment) as child:
+        wait_until(lambda: _accepts(port), what="atoll serve", deadline_s=_START_DEADLINE_S, child=child)
+        yield MetadataService(f"atoll://127.0.0.1:{port}", token, child.pid, f"http://{metrics}/metrics")
 
 
 @contextmanager
@@ -132,14 +153,10 @@ def metadata_service(
 ) -> Iterator[MetadataService]:
     """Run `atoll serve` on a new SQLite store; its log lies in the directory."""
     directory.mkdir()
-    [port] = free_ports(1)
-    command, store = find_command("atoll"), f"sqlite:///{directory}/meta.db"
-    token = run_step([command, "serve", "--store", store, "--init"], log=directory / "init", limit_s=60).strip()
-    arguments = [command, "serve", "--store", store, "--listen", f"127.0.0.1:{port}"]
-    arguments += ["--cache-dir", str(directory / "cache"), *options]
-    with running(arguments, log=directory / "serve.log", environment=environment) as child:
-        wait_until(lambda: _accepts(port), what="atoll serve", deadline_s=_START_DEADLINE_S, child=child)
-        yield MetadataService(f"atoll://127.0.0.1:{port}", token, child.pid)
+    store = f"sqlite:///{directory}/meta.db"
+    token = prepare_store(store, log=directory / "init")
+    with serving(store, token, directory, environment=environment, options=options) as service:
+        yield service
 
 
 @contextmanager

@@ -92,11 +92,14 @@ class System(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a system lives in a round: directories of its own, its bucket, and the Redis that is there if it needs one."""
+    """Where a system lives in a round: directories of its own, its bucket, and who keeps its names.
+
+    `juicefs` is the address of JuiceFS's metadata, and None where it takes no part.
+    """
 
     root: Path
     bucket: Bucket
-    redis: str | None
+    juicefs: str | None
     service: MetadataService | None = None
 
     @property
@@ -164,7 +167,7 @@ class PlainDirectory:
 
 @dataclass(frozen=True, slots=True)
 class JuiceFS:
-    """JuiceFS Community Edition with its metadata in Redis."""
+    """JuiceFS Community Edition, its metadata in Redis or PostgreSQL."""
 
     place: Place
     name: str = "juicefs"
@@ -184,9 +187,9 @@ class JuiceFS:
 
     @property
     def _address(self) -> str:
-        if self.place.redis is None:
-            raise StepFailed("juicefs: no Redis was started")
-        return self.place.redis
+        if self.place.juicefs is None:
+            raise StepFailed("juicefs: no server was started for its metadata")
+        return self.place.juicefs
 
     @contextmanager
     def mounted(self, purpose: Purpose) -> Iterator[Path]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
+import math
 import os
 import signal
 import socket
@@ -46,6 +47,7 @@ from client.vfs.virtual import VirtualFile
 from client.volume import HOLDER_WAIT_S, MOUNT_OWNER, Access, OpenVolume, open_volume, open_volume_bucket
 from metasvc.api import MetaClient
 from metasvc.errors import FsError
+from metasvc.jobs.backups import BackupPolicy, Backups, Shelf
 from metasvc.jobs.schedule import Jobs
 from metasvc.model import Caller, Ino
 
@@ -89,6 +91,8 @@ class MountRequest:
     """For a volume of a service."""
     metrics: str | None = None
     """HOST:PORT at which the metrics are asked for, if anywhere."""
+    backup: BackupPolicy | None = None
+    """How often an embedded volume is backed up, if it is."""
 
 
 class Mount:
@@ -98,6 +102,8 @@ class Mount:
         """Take what is mounted."""
         self.request = request
         self.is_ending = False
+        self.backups: Backups | None = None
+        """If backups are made by this mount."""
         self._vfs = vfs
         self._chunks = chunks
         self._started_ns = time.time_ns()
@@ -140,7 +146,11 @@ class Mount:
         self._vfs.entry_changed(parent, name)
 
     def metrics_text(self) -> str:
-        return self._vfs.metrics_text()
+        text = self._vfs.metrics_text()
+        for name, value in self.backups.gauges().items() if self.backups is not None else ():
+            shown = "+Inf" if math.isinf(value) else value
+            text += f"# TYPE atoll_meta_{name} gauge\natoll_meta_{name} {shown}\n"
+        return text
 
 
 class MountProcess:
@@ -294,7 +304,28 @@ class MountProcess:
         async def writing() -> AsyncIterator[tuple[MetaClient, ChunkStore]]:
             yield meta, chunks
 
-        return Jobs(volume.admin, lambda: volume.format, partial(delete_slices, volume), writing, self._log)
+        request = self._request
+
+        async def shelf() -> Shelf:
+            return Shelf(volume.bucket(), volume.format.uuid)
+
+        backups = Backups(
+            shelf,
+            volume.admin.dump,
+            policy=request.backup,
+            check_owned=partial(_check_owned, volume),
+            log=self._log,
+        )
+        if request.backup is not None and not request.read_only and volume.is_sole:
+            self._opened()[1].backups = backups
+        return Jobs(
+            volume.admin,
+            lambda: volume.format,
+            partial(delete_slices, volume),
+            writing,
+            self._log,
+            backups=backups,
+        )
 
     def _opened(self) -> tuple[OpenVolume, Mount]:
         """Return volume and mount; files and socket are served only while there are both."""
@@ -419,3 +450,9 @@ class MountProcess:
 
     def _unexpected(self, request: Request, error: BaseException) -> None:
         self._log.error("a request at the control socket failed unexpectedly", request=request.name, exc_info=error)
+
+
+def _check_owned(volume: OpenVolume) -> None:
+    # The ownership of an embedded volume does not run out: whoever loses it is told.
+    if volume.failure is not None:
+        raise volume.failure

@@ -5,6 +5,7 @@
     AtollError                      errno, code, retryable
     └── FsError                     the answer POSIX names: ENOENT, EEXIST …; never retried
         └── OutOfSpace              EDQUOT of a directory quota, ENOSPC of the volume
+            └── TenantFull          EDQUOT of the tenant
     └── NotOwner                    another process owns the volume (EAGAIN)
     └── Fenced                      this process was the owner and is no more (ESTALE): it must stop
     └── StoreError                  the store failed (EIO); the engine asks again while it owns the volume
@@ -29,6 +30,7 @@ __all__ = [
     "SchemaTooNew",
     "StoreError",
     "StoreRefused",
+    "TenantFull",
     "VolumeExists",
     "VolumeIncomplete",
     "VolumeMissing",
@@ -55,6 +57,16 @@ class OutOfSpace(FsError):
     """A quota or the volume is full: ENOSPC for the volume, EDQUOT for a directory quota."""
 
     code = "out-of-space"
+
+
+class TenantFull(OutOfSpace):
+    """More than the volume may use of its tenant's quota, as far as its owner knows: EDQUOT."""
+
+    def __init__(self, *, bytes_more: int, inodes_more: int) -> None:
+        """``…_more``: what was asked for."""
+        super().__init__(E.EDQUOT, "the quota of the tenant is used up")
+        self.bytes_more = bytes_more
+        self.inodes_more = inodes_more
 
 
 class NotOwner(AtollError):

@@ -9,6 +9,9 @@ read before the object was listed, and is not live when asked for; then, one aft
 (handed out to a live session, which may still commit it), and the slice may still not be live. A commit makes a slice live
 before its session could end, so one of the two holds at any moment for a slice that will be needed. While other sessions
 live, objects younger than an hour are left alone besides.
+
+Garbage that a protected backup may name is left (metasvc.jobs.backups), unless it is said otherwise. Leaked objects never
+belonged to the volume as it is; to backups of a volume that was restored from an older one since they may, and to those alone.
 """
 
 from __future__ import annotations
@@ -26,10 +29,12 @@ from client.admin.asking import Asked
 from client.admin.live import LiveGroup, has_block, live_slice
 from client.control.messages import JsonObject
 from client.volume import OpenVolume
+from metasvc.jobs.backups import Shelf, held_from_ns
 from metasvc.jobs.collecting import collect_garbage, delete_objects, expire_trash
 from metasvc.model import Garbage
 
 SAFETY_AGE_S: Final = 3600.0
+HELD_LOOK: Final = 500
 
 
 @dataclass(slots=True)
@@ -37,6 +42,8 @@ class Tally:
     """What a collection found and did."""
 
     expired_entries: int = 0
+    garbage_held: bool = False
+    """Whether some garbage is left because a backup may name it."""
     garbage_slices: int = 0
     garbage_objects: int = 0
     listed_objects: int = 0
@@ -50,6 +57,7 @@ class Tally:
 async def gc(asked: Asked) -> JsonObject:
     """Collect garbage, expired trash and leaked objects. A second run right after it finds nothing leaked."""
     dry_run = asked.params.flag("dry_run")
+    ignore_backups = asked.params.flag("ignore_backups")
     asked.params.done()
     volume = asked.volume
     # Refused before anything is removed, where keys are missing.
@@ -61,14 +69,21 @@ async def gc(asked: Asked) -> JsonObject:
             trash_days=volume.format.trash_days,
             progress=lambda removed: asked.progress("expiring trash", removed, unit="entries"),
         )
+    held_ns = None if ignore_backups else await _held_from_ns(volume)
     collected = await collect_garbage(
         volume.admin,
         partial(delete_slices, volume),
         block_bytes=volume.format.block_bytes,
+        held_from_ns=held_ns,
         dry_run=dry_run,
         progress=lambda deleted: asked.progress("deleting garbage", deleted, unit="objects"),
     )
     tally.garbage_slices, tally.garbage_objects = collected.slices, collected.objects
+    if held_ns is not None:
+        now_ns = time.time_ns()
+        tally.garbage_held = any(
+            row.not_before_ns > held_ns for row in await volume.admin.garbage(before_ns=now_ns, limit=HELD_LOOK)
+        )
     tally.deleted_objects = 0 if dry_run else collected.objects
     await _collect_leaked(asked, tally, dry_run=dry_run)
     return {
@@ -76,12 +91,19 @@ async def gc(asked: Asked) -> JsonObject:
         "expired_trash_entries": tally.expired_entries,
         "garbage_slices": tally.garbage_slices,
         "garbage_objects": tally.garbage_objects,
+        "garbage_held": tally.garbage_held,
         "listed_objects": tally.listed_objects,
         "leaked_objects": tally.leaked_objects,
         "leaked_bytes": tally.leaked_bytes,
         "deleted_objects": tally.deleted_objects,
         "foreign_objects": tally.foreign_objects,
     }
+
+
+async def _held_from_ns(volume: OpenVolume) -> int | None:
+    """Return behind which time backups need what is garbage now; None if there are none."""
+    backups = await Shelf(volume.bucket(), volume.format.uuid).manifests()
+    return held_from_ns(backups, now_ns=time.time_ns(), goes_on=True) if backups else None
 
 
 async def delete_slices(volume: OpenVolume, rows: Sequence[Garbage]) -> None:
@@ -140,6 +162,9 @@ async def _is_leaked(volume: OpenVolume, found: ObjectId) -> bool:
         if await admin.is_pending(found.slice_id):
             return False
         row = await live_slice(admin, found.slice_id)
+        if row is None and await admin.is_garbage(found.slice_id):
+            # A backup may name it; what may be deleted of garbage was.
+            return False
     if row is None:
         # What is staged was committed and removed since, or is being given up; either way its turn comes.
         return volume.mounting is None or not volume.mounting.chunks.is_staged(found.slice_id)

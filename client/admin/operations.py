@@ -42,6 +42,7 @@ OPERATIONS: Final = {
     "quota-remove": Operation("client.admin.quota", "remove_quota", repeatable=False),
     "clone": Operation("client.admin.clone", "clone", repeatable=False),
     "dump": Operation("client.admin.dump", "dump", repeatable=False),
+    "backups": Operation("client.admin.backups", "list_backups"),
 }
 
 

@@ -1,4 +1,4 @@
-"""``atoll delete ADDRESS``: the end of a volume of a service, and of its objects.
+"""``atoll delete ADDRESS``: the end of a volume of a service, and of its objects and backups.
 
 The rows go first: from then on nothing can name the objects, and whoever is interrupted is told where what is left lies.
 """
@@ -43,6 +43,7 @@ def command(address: str, *, keep_objects: bool, yes: bool, token_file: str | No
 async def _delete(place: ServicePlace, token_file: str | None, *, keep_objects: bool) -> None:
     from chunkstore.buckets import open_bucket
     from client.address import shown
+    from metasvc.jobs.backups.shelf import prefixes_of
 
     volume_format = await managing(place, token_file).delete_volume(f"{place.tenant}/{place.volume}")
     where = f"{shown(volume_format.bucket_url)} under {volume_format.uuid}/"
@@ -52,6 +53,9 @@ async def _delete(place: ServicePlace, token_file: str | None, *, keep_objects: 
     bucket = open_bucket(volume_format.bucket_url, env=os.environ)
     try:
         with shown_progress() as shown_to:
+            # Backups first: without the objects they are none.
+            for prefix in prefixes_of(volume_format.uuid):
+                await _delete_objects(bucket, prefix, shown_to)
             count = await _delete_objects(bucket, f"{volume_format.uuid}/", shown_to)
     except BaseException:
         click.echo(f"volume {place.tenant}/{place.volume} is deleted; objects are left in {where}", err=True)

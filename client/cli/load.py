@@ -1,4 +1,4 @@
-"""``atoll load FILE ADDRESS``.
+"""``atoll load FILE|BUCKET-URL ADDRESS``.
 
 An embedded volume is built in the directory ``ADDRESS.loading`` and renamed to its address when it is whole, as `format` does.
 That directory is locked while a load works on it; what one that was killed left in it, the next one to the same address
@@ -15,14 +15,16 @@ import select
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import click
 
 from chunkstore.errors import AtollError
 from client.address import META_DB, OBJECTS, EmbeddedAddress, ServiceAddress, parse_address, shown, split_path
+from client.cli.backups import in_bucket_source, is_bucket_url
 from client.cli.new_volume import check_free, prepare_bucket, sync_directory
 from client.cli.options import json_option, token_option
 from client.cli.output import echo_json, keep_quiet, moment
@@ -38,16 +40,28 @@ _STOP_S: Final = 0.5
 
 
 @click.command("load")
-@click.argument("file", metavar="FILE")
+@click.argument("file", metavar="FILE|BUCKET-URL")
 @click.argument("address")
+@click.option("--backup", metavar="latest|NAME", help="Which backup in a bucket.  [latest]")
+@click.option("--volume", metavar="TENANT/VOLUME|UUID", help="Of which volume, where a bucket has backups of several.")
 @click.option("--bucket", metavar="URL", help="Where the objects are now, if not where the dump says.")
 @token_option
 @json_option
-def command(file: str, address: str, *, bucket: str | None, token_file: str | None, as_json: bool) -> None:
+def command(
+    file: str,
+    address: str,
+    *,
+    backup: str | None,
+    volume: str | None,
+    bucket: str | None,
+    token_file: str | None,
+    as_json: bool,
+) -> None:
     """Make a volume at ADDRESS from the dump in FILE (- is stdin), which nobody can open before it is there whole.
 
-    ADDRESS is a directory that is absent or empty, or atoll://HOST:PORT/TENANT/VOLUME. The objects stay where they are: unmount
-    the original for good before this volume is used, for two volumes on the same objects delete each other's.
+    Or from a backup in a bucket, s3://BUCKET/PREFIX?…, which is where the objects of the volume are. ADDRESS is a directory
+    that is absent or empty, or atoll://HOST:PORT/TENANT/VOLUME. The objects stay where they are: unmount the original for
+    good before this volume is used, for two volumes on the same objects delete each other's.
     """
     from client.volume import DEFAULT_BUCKET
 
@@ -57,25 +71,37 @@ def command(file: str, address: str, *, bucket: str | None, token_file: str | No
     if isinstance(where, EmbeddedAddress):
         check_free(where)
     keep_quiet()
+    in_bucket = is_bucket_url(file)
+    if not in_bucket and (backup is not None or volume is not None):
+        raise click.UsageError("--backup and --volume choose from a bucket: give its URL in the place of FILE")
+    if in_bucket and bucket is None:
+        # Whatever the bucket was called when the backup was made: its objects are where the backup is.
+        bucket = file
     began_s = time.monotonic()
-    with _source(file) as source, shown_progress() as shown_to:
+    source: Source
+    with (
+        in_bucket_source(file, backup or "latest", volume) if in_bucket else _source(file) as source,
+        shown_progress() as shown_to,
+    ):
         header = source.header
         url = header.format.bucket_url if bucket is None else bucket
         if isinstance(where, ServiceAddress) and url == DEFAULT_BUCKET:
             raise click.UsageError(
                 "the objects lie beside the dumped volume: say with --bucket where its service finds them"
             )
+        least_slice_id = 0
         if bucket is not None and bucket != DEFAULT_BUCKET:
             asyncio.run(prepare_bucket(where, bucket, create=False))
-        told = _told(shown_to, source)
+            least_slice_id = asyncio.run(_first_free_slice(where, bucket, header.format.uuid))
+        how = _How(bucket, least_slice_id, _told(shown_to, source))
         if isinstance(where, ServiceAddress):
-            loaded = asyncio.run(_load_into_service(where, source, bucket=bucket, token_file=token_file, told=told))
+            loaded = asyncio.run(_load_into_service(where, source, token_file=token_file, how=how))
         else:
-            loaded = _load_embedded(where, source, bucket=bucket, told=told)
+            loaded = _load_embedded(where, source, how=how)
     volume_format, rows = loaded
     seconds = time.monotonic() - began_s
     if as_json:
-        echo_json(_document(where, file, header, volume_format, rows, seconds))
+        echo_json(_document(where, source, header, volume_format, rows, seconds))
         return
     rate = rows / max(1e-3, seconds)
     click.echo(f"{shown(str(where))}: volume {volume_format.uuid} as of {moment(header.made_ns)}")
@@ -86,7 +112,7 @@ def command(file: str, address: str, *, bucket: str | None, token_file: str | No
 
 def _document(
     where: EmbeddedAddress | ServiceAddress,
-    file: str,
+    source: Source,
     header: Header,
     volume_format: VolumeFormat,
     rows: int,
@@ -96,7 +122,8 @@ def _document(
 
     return {
         "address": str(where),
-        "file": file,
+        "file": source.file,
+        "backup": source.backup,
         "format": format_json(volume_format),
         "dumped_ns": header.made_ns,
         "rows": rows,
@@ -107,17 +134,45 @@ def _document(
 # -- the dump -------------------------------------------------------------------------------------------------------------
 
 
-class _Source:
+class Source(Protocol):
     """The bytes of a dump, of which the header was read."""
 
-    def __init__(self, descriptor: int) -> None:
+    @property
+    def file(self) -> str:
+        """Return how it was named."""
+        ...
+
+    @property
+    def backup(self) -> str | None:
+        """Return the name of the backup, if it is one."""
+        ...
+
+    @property
+    def header(self) -> Header: ...
+
+    @property
+    def size_bytes(self) -> int | None:
+        """Return how much it is, None for a pipe."""
+        ...
+
+    def data(self) -> AsyncGenerator[bytes, None]:
+        """Yield all bytes from the beginning. Once."""
+        ...
+
+
+class _FileSource:
+    """A dump in a file, or from a pipe."""
+
+    backup = None
+
+    def __init__(self, file: str, descriptor: int) -> None:
         """Read the header. DumpDamaged, FormatUnsupported, SchemaTooNew."""
         from metasvc.api.dump_stream import Header, Unpacker
 
+        self.file = file
         self._descriptor = descriptor
         found = os.fstat(descriptor)
         self.size_bytes = found.st_size or None
-        """None for a pipe."""
         self._head = b""
         self._is_stopped = False
         unpacker = Unpacker(rows=False)
@@ -128,10 +183,9 @@ class _Source:
                 unpacker.end()
             self._head += data
             pieces = list(unpacker.feed(data))
-        self.header = Header.parse(pieces[0][1])
+        self.header: Header = Header.parse(pieces[0][1])
 
-    async def data(self) -> AsyncIterator[bytes]:
-        """Yield all bytes from the beginning. Once."""
+    async def data(self) -> AsyncGenerator[bytes, None]:
         yield self._head
         try:
             while data := await asyncio.to_thread(self._read):
@@ -148,17 +202,38 @@ class _Source:
 
 
 @contextmanager
-def _source(file: str) -> Iterator[_Source]:
+def _source(file: str) -> Iterator[_FileSource]:
     if file == "-":
         if sys.stdin.isatty():
             raise click.UsageError("a dump is not typed: give the name of a file, or redirect stdin")
-        yield _Source(sys.stdin.fileno())
+        yield _FileSource(file, sys.stdin.fileno())
         return
     with open(file, "rb", buffering=0) as opened:
-        yield _Source(opened.fileno())
+        yield _FileSource(file, opened.fileno())
 
 
-def _told(shown_to: Shown, source: _Source) -> Callable[[int, int], None]:
+@dataclass(frozen=True, slots=True)
+class _How:
+    """What a load is told besides the bytes."""
+
+    bucket: str | None
+    least_slice_id: int
+    told: Callable[[int, int], None]
+
+
+async def _first_free_slice(address: EmbeddedAddress | ServiceAddress, url: str, uuid: str) -> int:
+    """Ask the bucket above which slice id there is no object."""
+    from client.volume import open_volume_bucket
+    from metasvc.jobs.backups import first_free_slice
+
+    bucket = open_volume_bucket(address, url, env=os.environ)
+    try:
+        return await first_free_slice(bucket, uuid)
+    finally:
+        await bucket.close()
+
+
+def _told(shown_to: Shown, source: Source) -> Callable[[int, int], None]:
     began_s = time.monotonic()
 
     def told(rows: int, taken_bytes: int) -> None:
@@ -177,32 +252,33 @@ def _told(shown_to: Shown, source: _Source) -> Callable[[int, int], None]:
 
 
 async def _load_into_service(
-    address: ServiceAddress,
-    source: _Source,
-    *,
-    bucket: str | None,
-    token_file: str | None,
-    told: Callable[[int, int], None],
+    address: ServiceAddress, source: Source, *, token_file: str | None, how: _How
 ) -> tuple[VolumeFormat, int]:
     from client.meta.encryption import endpoint_at
     from client.meta.loading import load_volume
     from client.volume import read_token
 
     endpoint = endpoint_at(address, read_token(token_file, env=os.environ), env=os.environ)
-    return await load_volume(endpoint, address.name, source.data(), bucket_url=bucket, told=told)
+    async with aclosing(source.data()) as data:
+        return await load_volume(
+            endpoint,
+            address.name,
+            data,
+            bucket_url=how.bucket,
+            told=how.told,
+            least_slice_id=how.least_slice_id,
+        )
 
 
 # -- a directory ----------------------------------------------------------------------------------------------------------
 
 
-def _load_embedded(
-    address: EmbeddedAddress, source: _Source, *, bucket: str | None, told: Callable[[int, int], None]
-) -> tuple[VolumeFormat, int]:
+def _load_embedded(address: EmbeddedAddress, source: Source, *, how: _How) -> tuple[VolumeFormat, int]:
     from client.volume import DEFAULT_BUCKET
 
     try:
         with _draft(address) as draft:
-            volume_format, rows = asyncio.run(_load_into(draft, source, bucket=bucket, told=told))
+            volume_format, rows = asyncio.run(_load_into(draft, source, how))
             if volume_format.bucket_url == DEFAULT_BUCKET:
                 os.mkdir(os.path.join(draft, OBJECTS), 0o700)
             sync_directory(draft)
@@ -217,18 +293,24 @@ def _load_embedded(
     return volume_format, rows
 
 
-async def _load_into(
-    directory: str, source: _Source, *, bucket: str | None, told: Callable[[int, int], None]
-) -> tuple[VolumeFormat, int]:
+async def _load_into(directory: str, source: Source, how: _How) -> tuple[VolumeFormat, int]:
     from client.volume import NAME, TENANT
     from metasvc.engine.load import load
     from metasvc.store.open import open_store
 
     store = await open_store(f"sqlite:///{directory}/{META_DB}", create=True)
     try:
-        loaded = await load(
-            store, source.data(), tenant=TENANT, name=NAME, address="`atoll load`", bucket_url=bucket, told=told
-        )
+        async with aclosing(source.data()) as data:
+            loaded = await load(
+                store,
+                data,
+                tenant=TENANT,
+                name=NAME,
+                address="`atoll load`",
+                bucket_url=how.bucket,
+                told=how.told,
+                least_slice_id=how.least_slice_id,
+            )
     finally:
         await store.close()
     return loaded.format, loaded.rows

@@ -35,7 +35,8 @@ COMMANDS: Final = {
     "keys": "Give a service the keys of a bucket.",
     "delete": "Delete a volume of a service.",
     "dump": "Write the names and chunk maps of a volume to a file.",
-    "load": "Make a volume from a dump.",
+    "load": "Make a volume from a dump or a backup.",
+    "backups": "List the backups of a volume, or in a bucket.",
 }
 """With what ``atoll --help`` says of each; the module client.cli.NAME has the command NAME."""
 

@@ -19,7 +19,7 @@ from chunkstore.errors import AtollError
 from client.address import Address, EmbeddedAddress, normalize, parse_address, shown, split_path
 from client.cli.main import fail
 from client.cli.mountpoint import absolute, check_fuse, prepare
-from client.cli.options import SIZE, token_option
+from client.cli.options import SIZE, backup_options, backup_policy, token_option
 from client.cli.output import one_line
 from client.sizes import format_size
 
@@ -65,6 +65,7 @@ class CacheInvalid(AtollError):
     help="Seconds for which programs wait while the service is away; then they get EIO.",
 )
 @click.option("--metrics", metavar="HOST:PORT", help="Where to answer /metrics for Prometheus.  [nowhere]")
+@backup_options
 @click.option("--transport", type=click.Choice(["auto", "pyfuse3"]), default="auto", show_default=True)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def command(
@@ -80,6 +81,8 @@ def command(
     token_file: str | None,
     meta_timeout: float,
     metrics: str | None,
+    backup: float | None,
+    backup_window: float,
     transport: str,
     log_format: str,
 ) -> None:
@@ -95,7 +98,12 @@ def command(
         )
     if cache_size is not None and cache_size < MIN_CACHE_BYTES:
         raise click.UsageError(f"--cache-size is at least {format_size(MIN_CACHE_BYTES)}: give more")
+    policy = backup_policy(backup, backup_window)
+    if policy is not None and read_only:
+        raise click.UsageError("--backup and --read-only: a mount that changes nothing makes no backups, leave one out")
     volume = parse_address(address)
+    if policy is not None and not isinstance(volume, EmbeddedAddress):
+        raise click.UsageError("--backup is for embedded volumes: give it to `atoll serve`")
     if isinstance(volume, EmbeddedAddress):
         check_is_volume(volume)
         access = None
@@ -134,6 +142,7 @@ def command(
             log_path=log_path,
             access=access,
             metrics=metrics,
+            backup=policy,
         )
         return _be_the_mount(request, daemon, log_format=log_format)
 

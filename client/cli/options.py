@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
 from client.sizes import parse_size
 
+if TYPE_CHECKING:
+    from metasvc.jobs.backups import BackupPolicy
+
 F = TypeVar("F", bound=Callable[..., Any])
+MIN_BACKUP_S: Final = 60.0
+MAX_BACKUP_S: Final = 7 * 86400.0
 
 
 class SizeType(click.ParamType[int]):
@@ -59,6 +64,31 @@ SIZE = SizeType()
 DURATION = DurationType()
 DAYS = DaysType()
 COUNT = click.IntRange(0, (1 << 63) - 1)
+
+
+def backup_options(function: F) -> F:
+    """Add ``--backup`` and ``--backup-window``."""
+    function = click.option(
+        "--backup-window",
+        type=DURATION,
+        default="1d",
+        show_default=True,
+        help="Objects that backups of so long ago name are kept.",
+    )(function)
+    return click.option(
+        "--backup", type=DURATION, help="Dump the metadata into the volume's bucket so often, for example 1h.  [never]"
+    )(function)
+
+
+def backup_policy(every_s: float | None, window_s: float) -> BackupPolicy | None:
+    """Return what the two options say. UsageError."""
+    from metasvc.jobs.backups import BackupPolicy
+
+    if every_s is None:
+        return None
+    if not MIN_BACKUP_S <= every_s <= MAX_BACKUP_S:
+        raise click.UsageError("--backup is 1m to 7d: give for example 1h")
+    return BackupPolicy(every_s=every_s, window_s=int(window_s))
 
 
 def token_option(function: F) -> F:

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from client.cli.options import SIZE, ca_option
+from client.cli.options import SIZE, backup_options, backup_policy, ca_option
 from client.cli.output import say
 from metasvc.api.server import Server, is_loopback, parse_server
 
 if TYPE_CHECKING:
     from client.meta.encryption import Trust
+    from metasvc.jobs.backups import BackupPolicy
     from metasvc.server.certificate import Certificate
     from metasvc.server.keys import MasterKeys
     from metasvc.server.tokens import Tokens
@@ -70,6 +71,7 @@ _CONTAINER_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
 @click.option("--metrics", metavar="HOST:PORT", help="Where to answer /metrics for Prometheus.  [nowhere]")
 @click.option("--memory", "memory_bytes", type=SIZE, help="For rows of all volumes.  [1 GiB, or 1/8 of the machine's]")
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="For compaction.  [/var/cache/atoll/serve]")
+@backup_options
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def command(
     store_url: str,
@@ -86,6 +88,8 @@ def command(
     metrics: str | None,
     memory_bytes: int | None,
     cache_dir: Path | None,
+    backup: float | None,
+    backup_window: float,
     log_format: str,
 ) -> None:
     """Serve the volumes of a store at HOST:PORT until SIGTERM, and do their background work. Logs go to stderr.
@@ -118,6 +122,7 @@ def command(
         parse_listen(metrics)
     if memory_bytes is not None and memory_bytes < _LEAST_MEMORY_BYTES:
         raise click.UsageError("--memory is too little: give at least 1MiB")
+    policy = backup_policy(backup, backup_window)
     from metasvc.store.open import without_password
 
     if (tls_cert is None) != (tls_key is None):
@@ -151,6 +156,7 @@ def command(
                 metrics=metrics,
                 memory_bytes=_memory_bytes() if memory_bytes is None else memory_bytes,
                 cache_dir=cache_dir,
+                backup=policy,
                 log=log,
             )
         )
@@ -189,6 +195,7 @@ async def _serve(
     metrics: str | None,
     memory_bytes: int,
     cache_dir: Path | None,
+    backup: BackupPolicy | None,
     log: Any,
 ) -> None:
     from client.meta.encryption import trust_of
@@ -209,7 +216,9 @@ async def _serve(
         tokens = await Tokens.load(store)
         keys = BucketKeys(store, master)
         await keys.check()
-        jobs = ServedJobs(cache_dir=cache_dir or default_cache_dir(os.environ) / "serve", env=os.environ, log=log)
+        jobs = ServedJobs(
+            cache_dir=cache_dir or default_cache_dir(os.environ) / "serve", env=os.environ, log=log, backup=backup
+        )
         volumes = Volumes(
             store,
             memory_bytes=memory_bytes,
@@ -234,6 +243,8 @@ async def _serve(
             stack.callback(keeping.cancel)
             watching = asyncio.create_task(service.watch_tokens(), name="tokens that were revoked")
             stack.callback(watching.cancel)
+            spacing = asyncio.create_task(volumes.space.watch(), name="quotas of tenants")
+            stack.callback(spacing.cancel)
             known = "" if known_as == server else f", known as {known_as}"
             say(f"serving {without_password(store_url)} at {server}{known}, pid {os.getpid()}")
             await stop.wait()

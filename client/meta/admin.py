@@ -167,6 +167,9 @@ class RemoteAdmin:
     async def is_pending(self, slice_id: SliceId) -> bool:
         return (await self._ask("is_pending_id", slice_id)).flag
 
+    async def is_garbage(self, slice_id: SliceId) -> bool:
+        return (await self._ask("is_garbage_id", slice_id)).flag
+
     async def compaction_candidates(self, *, limit: int) -> list[tuple[Ino, int]]:
         found = await self._ask("compaction_candidates_limit", limit)
         return [(Ino(each.ino), each.chunk) for each in found.chunks]

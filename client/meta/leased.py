@@ -256,17 +256,25 @@ class Leased:
 
     # -- own changes --------------------------------------------------------------------------------------------------------
 
-    def begin(self, *, names: Iterable[tuple[Ino, bytes]] = (), inos: Iterable[Ino] = (), moves: bool = False) -> Asked:
+    def begin(
+        self,
+        *,
+        names: Iterable[tuple[Ino, bytes]] = (),
+        inos: Iterable[Ino] = (),
+        moves_in: Collection[Ino] = (),
+    ) -> Asked:
         """Forget what a request may change: names that it adds or removes, inodes. Call before it is sent; `end` it.
 
-        ``moves``: a directory may be moved, or go.
+        ``moves_in``: directories of which a child that is a directory may be moved, or go. While its lease holds, the
+        parent that is known of a directory is the one that it has.
         """
         asked = self.asked()
         self._changes += 1
         self._changing += 1
-        if moves:
+        if moves_in:
             for each in self._directories.values():
-                each.inode = None
+                if each.inode is not None and each.inode.parent in moves_in:
+                    each.inode = None
         for parent, name in names:
             self._forget_inode(parent)
             directory = self._directories.get(parent)

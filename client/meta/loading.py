@@ -27,7 +27,13 @@ Told = Callable[[int, int], None]
 
 
 async def load_volume(
-    endpoint: Endpoint, volume: str, data: AsyncIterator[bytes], *, bucket_url: str | None, told: Told
+    endpoint: Endpoint,
+    volume: str,
+    data: AsyncIterator[bytes],
+    *,
+    bucket_url: str | None,
+    told: Told,
+    least_slice_id: int = 0,
 ) -> tuple[VolumeFormat, int]:
     """Make a volume of a service, TENANT/NAME, of the bytes of a dump; its format, and the rows and keys that were in it.
 
@@ -37,7 +43,8 @@ async def load_volume(
     """
     frames = await endpoint.connect(pb.Opening.LOAD, volume)
     try:
-        frames.send(pb.LoadRequest(bucket_url=bucket_url or "").SerializeToString())
+        request = pb.LoadRequest(bucket_url=bucket_url or "", least_slice_id=least_slice_id)
+        frames.send(request.SerializeToString())
         sending = asyncio.create_task(_send(frames, data), name="sending of a dump")
         try:
             return await _follow(frames, told, sending)

@@ -20,7 +20,7 @@ know whether it is still so.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -93,6 +93,15 @@ class Recent:
         """Forget an inode that was changed in another way."""
         self.changed()
         self._directories.pop(ino, None)
+
+    def forget_children(self, parents: Collection[Ino]) -> None:
+        """Forget the directories in some others, of which one may have been moved or removed; its parent is one of those.
+
+        Others stay known: the programs beside one that renames would have to ask for theirs, and wait for the next commit.
+        """
+        self.changed()
+        for ino in [ino for ino, (inode, _) in self._directories.items() if inode.parent in parents]:
+            del self._directories[ino]
 
     def clear(self) -> None:
         """Forget everything: what was known turned out to be old, or more has changed than was told."""

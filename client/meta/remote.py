@@ -142,16 +142,16 @@ class RemoteMeta:
         ino: Ino | None = None,
         names: Sequence[tuple[Ino, bytes]] = (),
         inos: Sequence[Ino] = (),
-        moves: bool = False,
+        moves_in: Sequence[Ino] = (),
     ) -> pb.Reply:
         """Call an operation that changes something; then nothing is known of what it may have changed but what it told.
 
         It may add or remove ``names``, and change inodes: ``ino`` may be a directory, of ``inos`` nothing is kept but by lease.
-        ``moves``: a directory that is remembered may be gone by it, or moved.
+        ``moves_in``: directories of which a child that is a directory may be gone by it, or moved.
         """
         leased = self._leased
         # First of all: what is forgotten nobody opens by lease any more.
-        asked = leased.begin(names=names, inos=inos if ino is None else (ino, *inos), moves=moves)
+        asked = leased.begin(names=names, inos=inos if ino is None else (ino, *inos), moves_in=moves_in)
         try:
             if operation in _REMOVING:
                 await self._register_opens({parent for parent, _ in names})
@@ -165,8 +165,8 @@ class RemoteMeta:
             # It may have been applied, and is told to nobody.
             self._recent.clear()
             raise
-        if moves:
-            self._recent.clear()
+        if moves_in:
+            self._recent.forget_children(moves_in)
         elif ino is not None:
             self._recent.forget(ino)
         self._recent.changed(wire.inodes_of(reply.directories))
@@ -274,7 +274,7 @@ class RemoteMeta:
 
     async def rmdir(self, caller: Caller, parent: Ino, name: bytes) -> None:
         message = pb.RemoveDir(caller=wire.caller_message(caller), parent=parent, name=name)
-        await self._change("rmdir", message, names=[(parent, name)], moves=True)
+        await self._change("rmdir", message, names=[(parent, name)], moves_in=[parent])
 
     async def rename(
         self, caller: Caller, parent: Ino, name: bytes, new_parent: Ino, new_name: bytes, *, flags: RenameFlags
@@ -287,7 +287,8 @@ class RemoteMeta:
             new_name=new_name,
             flags=int(flags),
         )
-        await self._change("rename", message, names=[(parent, name), (new_parent, new_name)], moves=True)
+        names = [(parent, name), (new_parent, new_name)]
+        await self._change("rename", message, names=names, moves_in=[parent, new_parent])
 
     # -- attributes ---------------------------------------------------------------------------------------------------
 

@@ -132,6 +132,10 @@ class MetaAdmin(Protocol):
         """Return whether an id was handed out to a session that may still commit it (gc leaves it alone)."""
         ...
 
+    async def is_garbage(self, slice_id: SliceId) -> bool:
+        """Return whether a slice is garbage of which the objects were not deleted yet: its turn comes."""
+        ...
+
     async def compaction_candidates(self, *, limit: int) -> list[tuple[Ino, int]]:
         """Return (inode, chunk index) of chunks whose list of slices has grown long."""
         ...

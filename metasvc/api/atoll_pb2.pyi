@@ -1882,6 +1882,7 @@ class AdminRequest(_message.Message):
     GARBAGE_FIELD_NUMBER: _builtins.int
     GARBAGE_DELETED_FIELD_NUMBER: _builtins.int
     IS_PENDING_ID_FIELD_NUMBER: _builtins.int
+    IS_GARBAGE_ID_FIELD_NUMBER: _builtins.int
     COMPACTION_CANDIDATES_LIMIT_FIELD_NUMBER: _builtins.int
     REPLACE_REFS_FIELD_NUMBER: _builtins.int
     STATFS_INO_FIELD_NUMBER: _builtins.int
@@ -1890,6 +1891,7 @@ class AdminRequest(_message.Message):
     quota_remove_ino: _builtins.int
     slice_owner_id: _builtins.int
     is_pending_id: _builtins.int
+    is_garbage_id: _builtins.int
     compaction_candidates_limit: _builtins.int
     statfs_ino: _builtins.int
     is_live_id: _builtins.int
@@ -1941,16 +1943,17 @@ class AdminRequest(_message.Message):
         garbage: Global___GarbageList | None = ...,
         garbage_deleted: Global___SliceIds | None = ...,
         is_pending_id: _builtins.int = ...,
+        is_garbage_id: _builtins.int = ...,
         compaction_candidates_limit: _builtins.int = ...,
         replace_refs: Global___ReplaceRefs | None = ...,
         statfs_ino: _builtins.int = ...,
         is_live_id: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["clone", b"clone", "compaction_candidates_limit", b"compaction_candidates_limit", "configure", b"configure", "garbage", b"garbage", "garbage_deleted", b"garbage_deleted", "is_live_id", b"is_live_id", "is_pending_id", b"is_pending_id", "live_slices", b"live_slices", "operation", b"operation", "paths_of", b"paths_of", "quota_remove_ino", b"quota_remove_ino", "quota_set", b"quota_set", "quotas", b"quotas", "replace_refs", b"replace_refs", "resolve", b"resolve", "slice_owner_id", b"slice_owner_id", "statfs_ino", b"statfs_ino", "status", b"status", "trash_expire", b"trash_expire", "trash_list", b"trash_list", "trash_restore", b"trash_restore", "usage_of_ino", b"usage_of_ino"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["clone", b"clone", "compaction_candidates_limit", b"compaction_candidates_limit", "configure", b"configure", "garbage", b"garbage", "garbage_deleted", b"garbage_deleted", "is_garbage_id", b"is_garbage_id", "is_live_id", b"is_live_id", "is_pending_id", b"is_pending_id", "live_slices", b"live_slices", "operation", b"operation", "paths_of", b"paths_of", "quota_remove_ino", b"quota_remove_ino", "quota_set", b"quota_set", "quotas", b"quotas", "replace_refs", b"replace_refs", "resolve", b"resolve", "slice_owner_id", b"slice_owner_id", "statfs_ino", b"statfs_ino", "status", b"status", "trash_expire", b"trash_expire", "trash_list", b"trash_list", "trash_restore", b"trash_restore", "usage_of_ino", b"usage_of_ino"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clone", b"clone", "compaction_candidates_limit", b"compaction_candidates_limit", "configure", b"configure", "garbage", b"garbage", "garbage_deleted", b"garbage_deleted", "is_live_id", b"is_live_id", "is_pending_id", b"is_pending_id", "live_slices", b"live_slices", "operation", b"operation", "paths_of", b"paths_of", "quota_remove_ino", b"quota_remove_ino", "quota_set", b"quota_set", "quotas", b"quotas", "replace_refs", b"replace_refs", "resolve", b"resolve", "slice_owner_id", b"slice_owner_id", "statfs_ino", b"statfs_ino", "status", b"status", "trash_expire", b"trash_expire", "trash_list", b"trash_list", "trash_restore", b"trash_restore", "usage_of_ino", b"usage_of_ino"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clone", b"clone", "compaction_candidates_limit", b"compaction_candidates_limit", "configure", b"configure", "garbage", b"garbage", "garbage_deleted", b"garbage_deleted", "is_garbage_id", b"is_garbage_id", "is_live_id", b"is_live_id", "is_pending_id", b"is_pending_id", "live_slices", b"live_slices", "operation", b"operation", "paths_of", b"paths_of", "quota_remove_ino", b"quota_remove_ino", "quota_set", b"quota_set", "quotas", b"quotas", "replace_refs", b"replace_refs", "resolve", b"resolve", "slice_owner_id", b"slice_owner_id", "statfs_ino", b"statfs_ino", "status", b"status", "trash_expire", b"trash_expire", "trash_list", b"trash_list", "trash_restore", b"trash_restore", "usage_of_ino", b"usage_of_ino"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["status", "resolve", "paths_of", "usage_of_ino", "configure", "quota_set", "quota_remove_ino", "quotas", "trash_list", "trash_restore", "trash_expire", "clone", "live_slices", "slice_owner_id", "garbage", "garbage_deleted", "is_pending_id", "compaction_candidates_limit", "replace_refs", "statfs_ino", "is_live_id"]  # noqa: Y015
+    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["status", "resolve", "paths_of", "usage_of_ino", "configure", "quota_set", "quota_remove_ino", "quotas", "trash_list", "trash_restore", "trash_expire", "clone", "live_slices", "slice_owner_id", "garbage", "garbage_deleted", "is_pending_id", "is_garbage_id", "compaction_candidates_limit", "replace_refs", "statfs_ino", "is_live_id"]  # noqa: Y015
     _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_operation) -> _WhichOneofReturnType_operation | None: ...
 
@@ -3279,16 +3282,20 @@ class LoadRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     BUCKET_URL_FIELD_NUMBER: _builtins.int
+    LEAST_SLICE_ID_FIELD_NUMBER: _builtins.int
     bucket_url: _builtins.str
     """Where the objects of the volume are now; empty: where the dump says."""
+    least_slice_id: _builtins.int
+    """No slice id below this is given out, for there may be objects of them."""
     def __init__(
         self,
         *,
         bucket_url: _builtins.str = ...,
+        least_slice_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_url", b"bucket_url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_url", b"bucket_url", "least_slice_id", b"least_slice_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -17,7 +17,7 @@ import errno as E
 from collections.abc import Iterator
 
 from metasvc.engine.tx import Tx
-from metasvc.errors import OutOfSpace
+from metasvc.errors import OutOfSpace, TenantFull
 from metasvc.model import IN_TRASH, ROOT_INO, Ino, Inode, Quota
 from metasvc.store.tables import INODE, LINK, QUOTA
 
@@ -32,7 +32,8 @@ VOLUME_RESERVATION = Ino(0)
 
 def is_limited(tx: Tx) -> bool:
     """Return whether anything limits the bytes of the volume or of a part of it."""
-    return bool(tx.around.format.capacity_bytes) or tx.quotas_exist()
+    around = tx.around
+    return bool(around.format.capacity_bytes) or around.allowance.max_bytes is not None or tx.quotas_exist()
 
 
 def quotas_above(tx: Tx, directory: Ino) -> list[Quota]:
@@ -63,7 +64,10 @@ def parents_of(tx: Tx, inode: Inode) -> Iterator[tuple[Ino, int]]:
 
 
 def check_room(tx: Tx, quotas: list[Quota], *, bytes_more: int, inodes_more: int, volume: bool = True) -> None:
-    """Raise OutOfSpace unless this much more fits: EDQUOT for a directory quota, ENOSPC for the volume."""
+    """Raise OutOfSpace unless this much more fits: EDQUOT for a directory quota, ENOSPC for the volume.
+
+    TenantFull, if only what the volume may use of its tenant's quota is in the way: that may become more.
+    """
     if bytes_more <= 0 and inodes_more <= 0:
         return
     form = tx.around.format
@@ -80,6 +84,18 @@ def check_room(tx: Tx, quotas: list[Quota], *, bytes_more: int, inodes_more: int
                 raise OutOfSpace(E.EDQUOT, "the quota of a directory is used up")
         if quota.max_inodes and inodes_more > 0 and quota.used_inodes + inodes_more > quota.max_inodes:
             raise OutOfSpace(E.EDQUOT, "the inode quota of a directory is used up")
+    if volume:
+        _check_allowance(tx, bytes_more=max(0, bytes_more), inodes_more=max(0, inodes_more))
+
+
+def _check_allowance(tx: Tx, *, bytes_more: int, inodes_more: int) -> None:
+    most_bytes, most_inodes = tx.around.allowance[:2]
+    if (
+        most_bytes is not None
+        and bytes_more
+        and tx.counter(USED_BYTES) + tx.around.reserved_bytes(VOLUME_RESERVATION) + bytes_more > most_bytes
+    ) or (most_inodes is not None and inodes_more and tx.counter(USED_INODES) + inodes_more > most_inodes):
+        raise TenantFull(bytes_more=bytes_more, inodes_more=inodes_more)
 
 
 def charge_tree(tx: Tx, directory: Ino, *, bytes_more: int, inodes_more: int) -> None:

@@ -296,6 +296,10 @@ class EngineAdmin:
     async def is_pending(self, slice_id: SliceId) -> bool:
         return self._engine.is_pending(slice_id)
 
+    async def is_garbage(self, slice_id: SliceId) -> bool:
+        row: Garbage | None = await self._engine.run(lambda tx: tx.get(GARBAGE, slice_id))
+        return row is not None
+
     async def compaction_candidates(self, *, limit: int) -> list[tuple[Ino, int]]:
         """Look through the next part of all chunks, wrapping round: a call reads at most 20,000 rows."""
         found: list[tuple[Ino, int]] = []

@@ -17,7 +17,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager, contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self, cast
@@ -32,8 +42,8 @@ from metasvc.engine.memory import ABSENT, NeedRows, Rows
 from metasvc.engine.memory_budget import MemoryBudget
 from metasvc.engine.owner import OWNER_TTL_S, Owner, boottime_s
 from metasvc.engine.reservations import Reservations
-from metasvc.engine.tx import Rule, Tx, refuse
-from metasvc.errors import FsError, StoreError, VolumeIncomplete
+from metasvc.engine.tx import Allowance, Rule, Tx, refuse
+from metasvc.errors import FsError, StoreError, TenantFull, VolumeIncomplete
 from metasvc.model import Counter, Ino, Inode, Replies, Session, SessionId, SliceRange, VolumeFormat
 from metasvc.store import VolumeStore
 from metasvc.store.tables import COUNTER, INODE, REPLIES, SESSION, SLICE_RANGE, SUSTAINED, Key, Row, Table
@@ -96,6 +106,10 @@ class Engine:
         self._next_ino = 0
         self._next_slice = 0
         self._renewal: asyncio.Task[None] | None = None
+        self.allowance = Allowance()
+        """Of the tenant's quota: whoever has more volumes of the tenant in sight sets it."""
+        self.more_room: Callable[[TenantFull], Awaitable[bool]] | None = None
+        """Makes the allowance larger, if that is possible; whether it is enough now for what was asked for."""
         self.held_back: set[asyncio.Task[Any]] = set()
         """Tasks whose operation waits for a hold to end, or leases: nothing of it has been done, so it may be cancelled."""
         self._holding = asyncio.Lock()
@@ -259,6 +273,10 @@ class Engine:
                 if attempt == 0:
                     self.rows.make_room()
                 await self.rows.fetch(need.keys, need.groups)
+                continue
+            except TenantFull as full:
+                if self.more_room is None or not await self.more_room(full):
+                    raise
                 continue
             except FsError:
                 if tx.read_batch > self.rows.durable_batch:

@@ -12,8 +12,10 @@ gave out after the dump, nor one of an earlier load of the same dump: the object
 begin at the time: at `SLICES_PER_SECOND` times the seconds since 1970, or `SLICES_APART` behind the dump's, whichever is more
 (a clock that is wrong). An original whose ids began at 1 is never near; one that was loaded itself would have to give out two
 million ids a second since then, a hundred times what an owner can. Ids stay below 2^53, which is as far as JSON reaches
-everywhere, until 2106. The other numbers name nothing outside of the volume: they are moved on by `NUMBERS_APART`, so that what
-somebody remembers of the original (a mount that was not unmounted) is not found, rather than taken for something else.
+everywhere, until 2106. Who has the bucket at hand gives besides the lowest id of which there can be no object
+(metasvc.jobs.backups.slice_ids): then nothing is overwritten whatever the clocks said, however old the dump is. The other
+numbers name nothing outside of the volume: they are moved on by `NUMBERS_APART`, so that what somebody remembers of the
+original (a mount that was not unmounted) is not found, rather than taken for something else.
 
 Objects of ids in between belong to no slice of the loaded volume: for its `atoll gc` they are leaked, and go.
 """
@@ -72,10 +74,10 @@ Told = Callable[[int, int], None]
 """Takes how many rows and keys, and bytes of the dump, are durable."""
 
 
-def moved_on(name: str, value: int, *, now_ns: int) -> int:
+def moved_on(name: str, value: int, *, now_ns: int, least_slice_id: int = 0) -> int:
     """Return the counter of a loaded volume from which numbers are taken, by name and value of the dump's."""
     if name == NEXT_SLICE:
-        return max(value + SLICES_APART, now_ns // 1_000_000_000 * SLICES_PER_SECOND)
+        return max(value + SLICES_APART, now_ns // 1_000_000_000 * SLICES_PER_SECOND, least_slice_id)
     return value + NUMBERS_APART
 
 
@@ -89,12 +91,14 @@ async def load(
     bucket_url: str | None = None,
     check: Callable[[VolumeFormat], None] | None = None,
     told: Told | None = None,
+    least_slice_id: int = 0,
     clock_ns: Callable[[], int] = time.time_ns,
 ) -> Loaded:
     """Make a volume of the bytes of a dump, which come in pieces of any size. It can be opened when this returns.
 
     ``address``: what others are told of who loads it. ``bucket_url``: instead of the dump's. ``check`` may refuse the format
     that results, before anything is made; ``told`` is called after each commit.
+    ``least_slice_id``: no lower id is given out, for the bucket has objects of those.
 
     Raises VolumeExists for a volume of that name, unless it is what a load left that did not come to its end, and for one of
     the same uuid: two volumes on the same objects delete each other's. StoreError while another load of it is under way (after
@@ -118,7 +122,7 @@ async def load(
         trailer = await loading.run(reader)
         if trailer.format.uuid != header.format.uuid:
             raise DumpDamaged("the dump begins with one volume and ends with another: take another dump")
-        await loading.move_numbers_on(clock_ns())
+        await loading.move_numbers_on(clock_ns(), least_slice_id=least_slice_id)
         await _check_alone(store, volume_format)
         changed = replace(trailer.format, tenant=tenant, name=name, bucket_url=volume_format.bucket_url, loading=False)
         await loading.publish(changed)
@@ -356,7 +360,7 @@ class _Loading:
             raise _first(group) from group
         return reading.result()
 
-    async def move_numbers_on(self, now_ns: int) -> None:
+    async def move_numbers_on(self, now_ns: int, *, least_slice_id: int) -> None:
         """See the module's text. DumpDamaged if this is no volume."""
         counters: list[Any] = await self.volume.scan(COUNTER, after=None, limit=1000)
         values: dict[str, int] = dict(counters)
@@ -364,7 +368,7 @@ class _Loading:
         if not roots or NEXT_INO not in values or NEXT_SLICE not in values:
             raise DumpDamaged("the dump has no root directory, or no counters: take another dump")
         moved: list[Row] = [
-            Counter(name, moved_on(name, value, now_ns=now_ns))
+            Counter(name, moved_on(name, value, now_ns=now_ns, least_slice_id=least_slice_id))
             for name, value in values.items()
             if name.startswith(_PREFIX)
         ]

@@ -93,6 +93,9 @@ class Reservations:
         left = MAX_FILE_BYTES
         if tx.around.format.capacity_bytes:
             left = tx.around.format.capacity_bytes - tx.counter(USED_BYTES) - self.reserved_bytes(VOLUME_RESERVATION)
+        if tx.around.allowance.max_bytes is not None:
+            held = tx.counter(USED_BYTES) + self.reserved_bytes(VOLUME_RESERVATION)
+            left = min(left, tx.around.allowance.max_bytes - held)
         if tx.quotas_exist():
             for parent, count in accounts.parents_of(tx, tx.inode(ino)):
                 for quota in accounts.quotas_above(tx, parent):

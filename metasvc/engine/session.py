@@ -319,11 +319,17 @@ class EngineSession:
 
 
 def statfs(tx: Tx, ino: Ino) -> StatFs:
-    """Return the space of the nearest quota at or above an inode, else of the volume. A rule."""
+    """Return the space of the nearest quota at or above an inode, else of the volume, within its tenant's. A rule."""
     form = tx.around.format
     inode = tx.inode(ino)
     used_bytes, used_inodes = tx.counter(USED_BYTES), tx.counter(USED_INODES)
     total_bytes, total_inodes = form.capacity_bytes, form.max_inodes
+    allowed = tx.around.allowance
+    if allowed.max_bytes is not None:
+        total_bytes = min(total_bytes or MAX_FILE_BYTES, allowed.max_bytes + allowed.further_bytes)
+    if allowed.max_inodes is not None:
+        most = allowed.max_inodes + allowed.further_inodes
+        total_inodes = min(total_inodes or most, most)
     directory = ino if inode.is_dir else inode.parent
     if directory > 2:
         for quota in quotas_above(tx, directory)[:1]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno as E
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
 from metasvc.engine.memory import ABSENT, NeedRows, Rows
 from metasvc.errors import FsError
@@ -18,10 +18,21 @@ from metasvc.model import Chunk, Counter, Dentry, Entry, Ino, Inode, Link, Quota
 from metasvc.store.tables import COUNTER, DENTRY, INODE, QUOTA, SLICE, Key, Row, Table
 
 
+class Allowance(NamedTuple):
+    """What the volume may hold of its tenant's quota, as far as is known; None: there is no such quota."""
+
+    max_bytes: int | None = None
+    max_inodes: int | None = None
+    further_bytes: int = 0
+    further_inodes: int = 0
+    """What could be had on top when that was last looked at: for statfs."""
+
+
 class Surroundings(Protocol):
     """What a rule may ask the engine besides rows."""
 
     format: VolumeFormat
+    allowance: Allowance
 
     def new_ino(self, tx: Tx) -> Ino:
         """Return an inode number never used before."""

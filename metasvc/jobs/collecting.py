@@ -55,15 +55,19 @@ async def collect_garbage(
     *,
     block_bytes: int,
     min_age_s: float = 0.0,
+    held_from_ns: int | None = None,
     dry_run: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Collected:
     """Delete the objects of slices that nothing refers to since ``min_age_s``, then forget them. Errors of the bucket.
 
-    With ``dry_run`` only the first 500 are counted: the owner hands out the first rows only, and they stay.
+    What became garbage behind ``held_from_ns`` is left alone: backups may name it (metasvc.jobs.backups). With ``dry_run`` only
+    the first 500 are counted: the owner hands out the first rows only, and they stay.
     """
     collected = Collected()
     before_ns = time.time_ns() - int(min_age_s * 1e9)
+    if held_from_ns is not None:
+        before_ns = min(before_ns, held_from_ns)
     while rows := await admin.garbage(before_ns=before_ns, limit=GARBAGE_AT_ONCE):
         collected.slices += len(rows)
         collected.objects += sum(block_count(row.length, block_bytes) for row in rows)

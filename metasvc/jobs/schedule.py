@@ -20,6 +20,7 @@ from metasvc.api.admin import MetaAdmin
 from metasvc.engine.audit import audit
 from metasvc.engine.engine import Engine
 from metasvc.engine.packing import Packing
+from metasvc.jobs.backups import Backups
 from metasvc.jobs.collecting import DeleteSlices, collect_garbage, expire_trash
 from metasvc.jobs.compaction import compact
 from metasvc.jobs.packing import AGE_S, LEAST_BYTES, LOOK_AT_ONCE, pack_small, repack
@@ -27,6 +28,8 @@ from metasvc.model import VolumeFormat
 
 FAILURE_REST_S: Final = 60.0
 CHUNKS_AT_ONCE: Final = 16
+FIRST_BACKUP_S: Final = 1.0
+"""A volume that never was backed up does not wait, nor one whose owner ended when a backup was due."""
 
 Writing = Callable[[], AbstractAsyncContextManager[tuple[MetaClient, ChunkStore]]]
 """Opens a session, to which new slices belong, and the chunk store that they are written to. Jobs enter it at the same time."""
@@ -51,6 +54,8 @@ class JobRates:
     counters_first_s: float = 300.0
     """After the volume was opened; then every ``counters_s``."""
     counters_s: float = 86400.0
+    backups_s: float = 10.0
+    """How often it is looked whether a backup is due."""
     counters_pause_s: float = 0.1
     """Rest after each page of 1,000 inodes: less than 10,000 a second, 3 % of a CPU (0.4 ms of the loop for each page)."""
 
@@ -62,7 +67,7 @@ class JobState:
     runs: int = 0
     failures: int = 0
     done: int = 0
-    """Objects deleted, entries of the trash removed, chunks compacted, counters repaired."""
+    """Objects deleted, entries of the trash removed, chunks compacted, counters repaired, backups made."""
     last_error: str = ""
 
 
@@ -82,7 +87,11 @@ class Jobs:
     """If small slices are to be gathered."""
     audited: Engine | None = None
     """If the counters of this engine are to be compared with its inodes."""
+    backups: Backups | None = None
+    """If garbage may have to wait for backups; they are made if it has a policy."""
     states: dict[str, JobState] = field(default_factory=dict)
+    _collected_to_ns: int | None = None
+    """Nothing that became garbage up to then is left; None if that is not known."""
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -97,6 +106,10 @@ class Jobs:
         async with asyncio.TaskGroup() as tasks:
             for name, work, rest_s in jobs:
                 tasks.create_task(self._repeat(name, work, rest_s), name=f"job {name}")
+            if self.backups is not None and self.backups.policy is not None:
+                first_s = min(FIRST_BACKUP_S, rates.backups_s)
+                repeating = self._repeat("backups", self.backups.back_up, rates.backups_s, first_s=first_s)
+                tasks.create_task(repeating, name="job backups")
             if self.audited is not None:
                 first_s = rates.counters_first_s
                 repeating = self._repeat("counters", self.audit, rates.counters_s, first_s=first_s)
@@ -127,11 +140,23 @@ class Jobs:
         await asyncio.sleep(FAILURE_REST_S)
 
     async def collect(self) -> int:
-        """Delete garbage; how many objects."""
-        block_bytes = self.volume_format().block_bytes
+        """Delete garbage, as far as no backup may name it; how many objects."""
+        old_ns = time.time_ns() - int(self.rates.garbage_age_s * 1e9)
+        # The bucket is not asked for backups while there is nothing to delete.
+        if not await self.admin.garbage(before_ns=old_ns, limit=1):
+            return 0
+        held_from_ns = None if self.backups is None else await self.backups.held_from_ns()
+        if held_from_ns is not None and held_from_ns == self._collected_to_ns:
+            # What became garbage since then waits, and may be much: it is not looked through again and again.
+            return 0
         collected = await collect_garbage(
-            self.admin, self.delete, block_bytes=block_bytes, min_age_s=self.rates.garbage_age_s
+            self.admin,
+            self.delete,
+            block_bytes=self.volume_format().block_bytes,
+            min_age_s=self.rates.garbage_age_s,
+            held_from_ns=held_from_ns,
         )
+        self._collected_to_ns = held_from_ns if held_from_ns is not None and held_from_ns <= old_ns else None
         if collected.objects:
             self.log.info("garbage deleted", slices=collected.slices, objects=collected.objects)
         return collected.objects

@@ -25,6 +25,8 @@ from chunkstore.slices import ChunkStore, ChunkStoreConfig
 from metasvc.api import MetaClient
 from metasvc.engine import EngineSession
 from metasvc.engine.packing import Packing
+from metasvc.jobs.backups import BackupPolicy, Backups, Shelf
+from metasvc.jobs.backups.keeping import AT_ONCE
 from metasvc.jobs.collecting import delete_objects
 from metasvc.jobs.schedule import JobRates, Jobs
 from metasvc.model import Garbage
@@ -106,8 +108,18 @@ class _Writing:
 class ServedJobs:
     """Run the jobs of the volumes of a service."""
 
-    def __init__(self, *, cache_dir: Path, env: Mapping[str, str], log: Any, rates: JobRates | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        cache_dir: Path,
+        env: Mapping[str, str],
+        log: Any,
+        rates: JobRates | None = None,
+        backup: BackupPolicy | None = None,
+    ) -> None:
         """``cache_dir`` is for this process only; a directory per volume is made in it when one is needed."""
+        self._backup = backup
+        self._turn = asyncio.Semaphore(AT_ONCE)
         self._cache_dir = cache_dir
         self._env = env
         self._log = log
@@ -137,8 +149,21 @@ class ServedJobs:
             rates = replace(rates, garbage_age_s=URL_LIFE_S + GARBAGE_AGE_S)
         log = self._log.bind(volume=volume.name)
         engine = volume.engine
-        jobs = Jobs(volume.admin, lambda: volume.format, delete, writing, log, rates, Packing(engine), engine)
+
+        async def shelf() -> Shelf:
+            return Shelf(await opened(), volume.format.uuid)
+
+        backups = Backups(
+            shelf,
+            volume.admin.dump,
+            policy=self._backup,
+            check_owned=engine.owner.check,
+            log=log,
+            turn=self._turn,
+        )
+        jobs = Jobs(volume.admin, lambda: volume.format, delete, writing, log, rates, Packing(engine), engine, backups)
         volume.jobs = lambda: jobs.states
+        volume.backups = backups if backups.policy is not None else None
         try:
             await jobs.run()
         finally:

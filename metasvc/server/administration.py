@@ -167,6 +167,10 @@ async def _is_pending(admin: MetaAdmin, slice_id: int) -> pb.AdminReply:
     return pb.AdminReply(flag=await admin.is_pending(SliceId(slice_id)))
 
 
+async def _is_garbage(admin: MetaAdmin, slice_id: int) -> pb.AdminReply:
+    return pb.AdminReply(flag=await admin.is_garbage(_slice_id(slice_id)))
+
+
 async def _is_live(admin: MetaAdmin, slice_id: int) -> pb.AdminReply:
     return pb.AdminReply(flag=await admin.is_live(_slice_id(slice_id)))
 
@@ -211,7 +215,7 @@ class _Right(Enum):
 _Operation = Callable[[MetaAdmin, Any], Awaitable[pb.AdminReply]]
 
 _OPERATIONS: Final[dict[str, tuple[_Operation, _Right]]] = {
-    "status": (_status, _Right.READ_ALL),
+    "status": (_status, _Right.ANY),
     "resolve": (_resolve, _Right.READ_ALL),
     "paths_of": (_paths_of, _Right.READ_ALL),
     "usage_of_ino": (_usage, _Right.READ_ALL),
@@ -230,6 +234,7 @@ _OPERATIONS: Final[dict[str, tuple[_Operation, _Right]]] = {
     # Of slices that a mount finds on its disk after a crash: numbers, and nothing of anybody's files.
     "is_pending_id": (_is_pending, _Right.ANY),
     "is_live_id": (_is_live, _Right.ANY),
+    "is_garbage_id": (_is_garbage, _Right.READ_ALL),
     "compaction_candidates_limit": (_compaction_candidates, _Right.READ_ALL),
     "replace_refs": (_replace_refs, _Right.ADMIN),
     "statfs_ino": (_statfs, _Right.READ_ALL),
@@ -250,7 +255,10 @@ async def administer(
         what = name.removesuffix("_ino").removesuffix("_id").removesuffix("_limit").replace("_", " ")
         if right is not _Right.ADMIN:
             _require(rights, right, what)
-            return await operation(admin, asked)
+            reply = await operation(admin, asked)
+            if rights.is_confined:
+                _confine(reply)
+            return reply
         with audited(rights, peer, what, volume):
             rights.require_admin(what, tenant=volume.partition("/")[0])
             return await operation(admin, asked)
@@ -258,6 +266,12 @@ async def administer(
         reply = pb.AdminReply()
         wire.put_failure(error, reply.failure)
         return reply
+
+
+def _confine(reply: pb.AdminReply) -> None:
+    """Take out of a reply what is of the whole volume, for a token of a part of it."""
+    for field in ("sessions", "trash_bytes", "trash_inodes", "garbage_slices", "counters"):
+        reply.status.ClearField(field)
 
 
 def _require(rights: Rights, right: _Right, what: str) -> None:

@@ -32,6 +32,7 @@ from metasvc.server.session import Misbehaved
 from metasvc.server.volumes import EMBEDDED_BUCKET, Volumes
 
 MAX_INLINE_BYTES: Final = 64 * 1024
+MAX_SLICE_ID: Final = 1 << 53
 SILENCE_S: Final = 60.0
 """A client that has nothing to send says so every few seconds."""
 
@@ -53,6 +54,8 @@ def check_format(volume_format: VolumeFormat) -> None:
 async def load_volume(volumes: Volumes, tenant: str, name: str, frames: Frames) -> None:
     """Make a volume of what comes over a connection, and say how far it is. Errors of the load are its last message."""
     request = await _read(pb.LoadRequest, frames)
+    if request.least_slice_id >= MAX_SLICE_ID:
+        raise Misbehaved("asked for slice ids that no volume has")
 
     def told(rows: int, taken_bytes: int) -> None:
         frames.send(pb.LoadState(rows=rows, taken_bytes=taken_bytes).SerializeToString())
@@ -66,6 +69,7 @@ async def load_volume(volumes: Volumes, tenant: str, name: str, frames: Frames) 
                 name=name,
                 address=volumes.address,
                 bucket_url=request.bucket_url or None,
+                least_slice_id=request.least_slice_id,
                 check=_check,
                 told=told,
             )

@@ -1,10 +1,8 @@
 """Tenants, tokens and the end of volumes: what is about more than the inside of one volume.
 
-Owns the messages of the method MANAGE, who may ask for what, and the records of tenants. What concerns a volume is done by the
+Owns the messages of the method MANAGE, and who may ask for what. What concerns a volume is done by the
 process that owns it, to which clients are sent (NotOwner). Every step is durable before the next; a process that ends midway
 leaves what the same call finds and does when it is asked again.
-
-Settings of the store: ``tenant/NAME``, the limits of a tenant as a JSON object {"max_bytes", "max_inodes"}; absent: none.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from chunkstore.errors import AtollError
 from metasvc.api import atoll_pb2 as pb
@@ -26,6 +24,7 @@ from metasvc.model import ROOT_INO, Ino
 from metasvc.server.audit import audited
 from metasvc.server.names import check_name, volume_name
 from metasvc.server.rights import Rights
+from metasvc.server.tenant_space import Limits, limits_name, read_limits, read_shares, shares_name
 from metasvc.server.tokens import TokenInfo, Tokens, new_token
 from metasvc.server.volumes import Volumes
 from metasvc.store import Store
@@ -37,13 +36,6 @@ _MAX_LABEL: Final = 200
 _READING: Final = frozenset({"list_tenants", "list_tokens"})
 
 log = logging.getLogger(__name__)
-
-
-class Limits(NamedTuple):
-    """What all volumes of a tenant may hold together; 0: no limit."""
-
-    max_bytes: int = 0
-    max_inodes: int = 0
 
 
 class Managing:
@@ -107,11 +99,19 @@ class Managing:
         reply = pb.ManageReply()
         for name in sorted({*await self._store.tenants(), *volumes}):
             if rights.tenant in ("", name):
-                limits = await read_limits(self._store, name)
-                reply.tenants.add(
-                    name=name, max_bytes=limits.max_bytes, max_inodes=limits.max_inodes, volumes=volumes[name]
-                )
+                reply.tenants.append(await self._tenant(name, volumes[name]))
         return reply
+
+    async def _tenant(self, name: str, volumes: list[str]) -> pb.Tenant:
+        limits, shares = await read_limits(self._store, name), (await read_shares(self._store, name)).values()
+        return pb.Tenant(
+            name=name,
+            max_bytes=limits.max_bytes,
+            max_inodes=limits.max_inodes,
+            used_bytes=sum(share.used_bytes for share in shares),
+            used_inodes=sum(share.used_inodes for share in shares),
+            volumes=volumes,
+        )
 
     async def _delete_tenant(self, asked: pb.DeleteTenant, rights: Rights) -> pb.ManageReply:
         check_name(asked.name)
@@ -120,7 +120,8 @@ class Managing:
         if left:
             raise FsError(E.ENOTEMPTY, f"tenant {asked.name} has volumes ({', '.join(left[:5])}): delete them first")
         await self._revoke(await self._tokens.all_of(asked.name))
-        await self._store.delete_setting(_name(asked.name))
+        await self._store.delete_setting(limits_name(asked.name))
+        await self._store.delete_setting(shares_name(asked.name))
         if not await self._store.remove_tenant(asked.name):
             raise FsError(E.ENOENT, f"there is no tenant {asked.name}")
         return pb.ManageReply()
@@ -140,9 +141,9 @@ class Managing:
 
     async def _put_limits(self, tenant: str, limits: Limits) -> None:
         value = json.dumps(limits._asdict()).encode()
-        while not await self._store.create_setting(_name(tenant), value):
-            before = await self._store.setting(_name(tenant))
-            if before is not None and await self._store.replace_setting(_name(tenant), value, expected=before):
+        while not await self._store.create_setting(limits_name(tenant), value):
+            before = await self._store.setting(limits_name(tenant))
+            if before is not None and await self._store.replace_setting(limits_name(tenant), value, expected=before):
                 return
 
     # -- tokens -----------------------------------------------------------------------------------------------------------
@@ -222,16 +223,6 @@ class Managing:
         await self._revoke([info for info in await self._tokens.all_of(tenant) if info.volume == name])
         log.info("volume %s/%s was deleted", tenant, name)
         return pb.ManageReply(format=pb.VolumeFormat(json=dump_format(volume.format)))
-
-
-async def read_limits(store: Store, tenant: str) -> Limits:
-    """Return the limits of a tenant. One trip."""
-    found = await store.setting(_name(tenant))
-    return Limits() if found is None else Limits(**json.loads(found))
-
-
-def _name(tenant: str) -> str:
-    return f"tenant/{tenant}"
 
 
 def _checked(limits: Limits) -> Limits:

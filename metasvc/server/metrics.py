@@ -104,6 +104,10 @@ class _Volumes(Collector):
             "atoll_meta_used_bytes": "Bytes of the volume's files.",
             "atoll_meta_used_inodes": "Inodes of the volume.",
             "atoll_meta_leases": "Directories on which sessions have leases, or had them last.",
+            "atoll_meta_owner_epoch": "How often the volume got an owner; a step is a change of the owner.",
+            "atoll_meta_backup_age_seconds": "Age of the newest backup; infinite while there is none.",
+            "atoll_meta_backup_size_bytes": "What the newest backup takes.",
+            "atoll_meta_backups": "Backups in the bucket.",
         }
         counters = {
             "atoll_meta_sessions_expired": "Sessions that were ended because nothing was heard of them.",
@@ -112,7 +116,7 @@ class _Volumes(Collector):
             "atoll_meta_loads": "Trips to the store for rows that were not in memory.",
             "atoll_meta_jobs_runs": "Times that a background job looked for work, by job.",
             "atoll_meta_jobs_failures": "Times that a background job failed, by job.",
-            "atoll_meta_jobs_done": "Objects or trash deleted, chunks compacted, files moved or counters repaired, by job.",
+            "atoll_meta_jobs_done": "What a background job did: objects or trash deleted, backups made …, by job.",
         }
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {
             name: GaugeMetricFamily(name, text, labels=["volume"]) for name, text in gauges.items()

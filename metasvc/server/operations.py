@@ -61,7 +61,7 @@ class Operation:
     finds: bool = False
     """It answers inodes that it found by names: they must be within reach, too."""
     has_steps: bool = False
-    """It is not one step of the engine: what it names must be within reach behind it, too."""
+    """It is not one step of the engine: what it names must be within reach before it and behind it."""
     changes: bool = False
     """Only for those who may write."""
 
@@ -319,7 +319,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "resolve": Operation(_resolve, _put_inodes, inos=("start",), finds=True),
     "getattr": Operation(_getattr, _put_inodes, inos=("inos",), may_miss=True),
     "readdir": Operation(_readdir, _put_leased_page, inos=_OF, has_steps=True),
-    "extend_leases": Operation(_extend_leases, _put_leased, inos=("inos",), may_miss=True),
+    "extend_leases": Operation(_extend_leases, _put_leased, inos=("inos",), may_miss=True, has_steps=True),
     "mknod": _changes_in(_mknod, _put_inode),
     "symlink": _changes_in(lambda s, m, c: s.symlink(c, _ino(m.parent), m.name, m.target), _put_inode),
     "readlink": Operation(lambda s, m, c: s.readlink(_ino(m.ino)), _put_value, inos=_OF),

@@ -294,16 +294,21 @@ class ServedSession(EngineSession):
             return await operation.call(self, message, caller)
         if operation.may_miss:
             (field,) = operation.inos
-            kept = await self._reached(getattr(message, field))
-            message.ClearField(field)
-            getattr(message, field).extend(kept)
-            _asked.set(_Asked(kept))
+            named = getattr(message, field)
+            if len(named) > 1:
+                # One that is out of reach is refused as if it did not exist, many are left out.
+                kept = await self._reached(named)
+                message.ClearField(field)
+                named = getattr(message, field)
+                named.extend(kept)
+            _asked.set(_Asked(list(named)))
         else:
             _asked.set(_Asked([Ino(getattr(message, field)) for field in operation.inos], operation.finds))
+        if not operation.has_steps:
+            return await operation.call(self, message, caller)
         await self._run_confined(_nothing)
         result = await operation.call(self, message, caller)
-        if operation.has_steps:
-            await self._run_confined(_nothing)
+        await self._run_confined(_nothing)
         return result
 
     def _recorder(self, caller: Caller) -> Callable[[Any, Tx], Replies] | None:

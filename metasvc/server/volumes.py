@@ -44,6 +44,7 @@ from metasvc.server.access import VolumeAccess
 from metasvc.server.keys import BucketKeys
 from metasvc.server.metrics import ServiceMetrics
 from metasvc.server.session import ServedSession
+from metasvc.server.tenant_space import TenantSpace
 from metasvc.store import Store, VolumeStore
 from metasvc.store.tables import REPLIES
 
@@ -64,6 +65,7 @@ _UNEVEN: Final = 2
 _HANDED_OVER_AT_ONCE: Final = 16
 
 if TYPE_CHECKING:
+    from metasvc.jobs.backups import Backups
     from metasvc.jobs.schedule import JobState
 
 T = TypeVar("T")
@@ -93,10 +95,12 @@ class Volume:
         *,
         expiry_s: float,
         objects_url: str,
+        space: TenantSpace | None = None,
         metrics: ServiceMetrics | None = None,
         keys: BucketKeys | None = None,
     ) -> None:
         """Take over what is open."""
+        self._space = space
         self._objects_url = objects_url
         self.engine = engine
         self.admin = EngineAdmin(engine)
@@ -107,6 +111,8 @@ class Volume:
         self.expired_total = 0
         self.jobs: Callable[[], Mapping[str, JobState]] = dict
         """What the jobs of the volume did, by name."""
+        self.backups: Backups | None = None
+        """If backups are made of it."""
         self._metrics = metrics
         self._store = store
         self._absent: set[SessionId] = set()
@@ -125,16 +131,19 @@ class Volume:
         return_s: float,
         objects_url: str = "",
         work: Work | None = None,
+        space: TenantSpace | None = None,
         metrics: ServiceMetrics | None = None,
         keys: BucketKeys | None = None,
     ) -> Volume:
         """Own a volume, and do its work. NotOwner while another process owns it."""
         engine = await Engine.open(store, address=address, memory=memory, keep_sessions=True)
-        volume = cls(store, engine, expiry_s=expiry_s, objects_url=objects_url, metrics=metrics, keys=keys)
+        volume = cls(store, engine, expiry_s=expiry_s, objects_url=objects_url, space=space, metrics=metrics, keys=keys)
         if metrics is not None:
             engine.committer.observe = metrics.observe_commit
             engine.committer.may_block = lambda: metrics.running <= 1
         try:
+            if space is not None:
+                await space.admit(engine)
             await volume._take_up_sessions()
         except BaseException:
             await engine.close()
@@ -169,6 +178,8 @@ class Volume:
             "leases": len(self.engine.leases),
             "lease_recalls": self.engine.leases.recalls_total,
             "lease_recalls_expired": self.engine.leases.expired_total,
+            "owner_epoch": self.engine.owner.ownership.epoch,
+            **({} if self.backups is None else self.backups.gauges()),
         }
 
     def job_counters(self) -> dict[str, int]:
@@ -212,6 +223,8 @@ class Volume:
 
     async def close(self) -> None:
         """Commit, release the ownership and close. Sessions stay in the store: their clients go on with the next owner."""
+        if self._space is not None:
+            self._space.leave(self.engine)
         tasks = [*self._tasks, *self._ends]
         for task in tasks:
             task.cancel()
@@ -342,11 +355,13 @@ class Volumes:
         self._return_s = return_s
         self._server: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
         self._memory = MemoryBudget(memory_bytes)
+        self.space = TenantSpace(store)
         self._open: dict[tuple[str, str], Volume] = {}
         self._opening: dict[tuple[str, str], asyncio.Lock] = {}
         self._watches: dict[Volume, asyncio.Task[None]] = {}
         self._given: dict[tuple[str, str], tuple[Server, float]] = {}
         """To whom volumes were handed over, and until when they are left to it."""
+        self._giving_up: set[asyncio.Task[Any]] = set()
         self._is_closing = False
 
     def serve_as(self, server: Server) -> None:
@@ -396,6 +411,7 @@ class Volumes:
                     return_s=self._return_s,
                     objects_url=self._objects_url,
                     work=self._work,
+                    space=self.space,
                     metrics=self.metrics,
                     keys=self._keys,
                 )
@@ -468,7 +484,18 @@ class Volumes:
         mine = [(key, volume) for key, volume in self._open.items() if volume.engine.failure is None]
         mine.sort(key=lambda each: sum(session.outlet is not None for session in each[1].sessions.values()))
         too_many = min(_HANDED_OVER_AT_ONCE, (len(mine) - owned) // _UNEVEN)
-        return [volume.name for key, volume in mine[: max(0, too_many)] if await self._give(key, volume, server)]
+        given = []
+        for key, volume in mine[: max(0, too_many)]:
+            if await self._finished(self._give(key, volume, server)):
+                given.append(volume.name)
+        return given
+
+    async def _finished(self, work: Coroutine[None, None, T]) -> T:
+        """Do something to its end, also if who asked for it goes: a volume that is closed by half would be owned for ever."""
+        task = asyncio.create_task(work, name="a volume is given up")
+        self._giving_up.add(task)
+        task.add_done_callback(self._giving_up.discard)
+        return await asyncio.shield(task)
 
     async def _give(self, key: tuple[str, str], volume: Volume, server: Server) -> bool:
         async with self._opening[key]:
@@ -487,8 +514,9 @@ class Volumes:
 
         NotOwner if another process was quicker to take it when this one had given it up: ask there.
         """
-        key = tenant, name
-        volume = await self.get(tenant, name)
+        await self._finished(self._delete((tenant, name), await self.get(tenant, name)))
+
+    async def _delete(self, key: tuple[str, str], volume: Volume) -> None:
         async with self._opening[key]:
             if self._open.get(key) is not volume:
                 raise AtollError("the volume changes hands: try again", retryable=True)
@@ -499,7 +527,8 @@ class Volumes:
             if (watch := self._watches.pop(volume, None)) is not None:
                 watch.cancel()
             await _close_for(volume, VolumeMissing(f"volume {volume.name} was deleted"))
-            await self.store.delete_volume(tenant, name)
+            await self.store.delete_volume(*key)
+            await self.space.forget(key[0], volume.format.uuid)
             if self._keys is not None:
                 await self._keys.forget(volume.format)
 
@@ -514,18 +543,21 @@ class Volumes:
         await _close_for(volume, failure)
 
     async def close(self) -> None:
-        """Close all volumes."""
+        """Close all volumes, those included that are being opened; none is opened afterwards."""
         self._is_closing = True
         watches = list(self._watches.values())
         for watch in watches:
             watch.cancel()
-        await asyncio.gather(*watches, return_exceptions=True)
-        for volume in list(self._open.values()):
-            try:
-                await volume.close()
-            except AtollError as error:
-                log.error("volume %s did not close: %s", volume.name, error)
-        self._open.clear()
+        await asyncio.gather(*watches, *self._giving_up, return_exceptions=True)
+        for key, opening in list(self._opening.items()):
+            async with opening:
+                volume = self._open.pop(key, None)
+                if volume is None:
+                    continue
+                try:
+                    await volume.close()
+                except AtollError as error:
+                    log.error("volume %s did not close: %s", volume.name, error)
 
 
 async def _close_for(volume: Volume, reason: AtollError) -> None:

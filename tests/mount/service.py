@@ -129,10 +129,9 @@ def services(
     for number, port in enumerate(ports):
         place = directory / f"service-{number}"
         place.mkdir()
+        given = dict(environment or {})
         processes.append(
-            ServiceProcess(
-                place, port, environment=environment or {}, options=options, store_url=store_url, ports=ports
-            )
+            ServiceProcess(place, port, environment=given, options=options, store_url=store_url, ports=ports)
         )
     processes[0].prepare()
     with contextlib.ExitStack() as stack:

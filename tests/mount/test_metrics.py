@@ -46,6 +46,22 @@ def documented(section: str) -> set[str]:
     return {re.sub(r"\{.*\}", "", name) for row in rows for name in re.findall(r"`([^`]+)`", row)}
 
 
+def labels(text: str) -> dict[str, set[str]]:
+    """Return the labels of each metric that has samples, but for those of histograms' buckets."""
+    found: dict[str, set[str]] = {}
+    for name, inner in re.findall(r"^(atoll_\w+?)(?:_bucket|_sum|_count)?(?:\{(.*)\})? \S+$", text, flags=re.MULTILINE):
+        found.setdefault(name, set()).update(set(re.findall(r'(\w+)="', inner)) - {"le"})
+    return found
+
+
+def documented_labels(section: str) -> dict[str, set[str]]:
+    """Return the labels of each metric in the tables of a part of the page."""
+    part = PAGE.read_text().split(f"## {section}\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in part.splitlines() if line.startswith("| `")]
+    found = re.findall(r"`(\w+)(?:\{([\w,]*)\})?`", " ".join(rows))
+    return {name: {label for label in inner.split(",") if label} for name, inner in found}
+
+
 def work(path: Path) -> None:
     """Do something of everything that counts."""
     (path / "small").write_bytes(b"x")
@@ -60,13 +76,15 @@ def test_the_page_names_every_metric_and_no_other(tmp_path: Path) -> None:
     [port, other_port, service_port] = free_ports(3)
     seen: set[str] = set()
     (tmp_path / "embedded").mkdir()
-    with mounted(tmp_path / "embedded", mount_options=("--metrics", f"127.0.0.1:{port}")) as volume:
+    with mounted(tmp_path / "embedded", mount_options=("--metrics", f"127.0.0.1:{port}", "--backup", "1h")) as volume:
         work(volume.path)
         seen |= names(scrape(port))
         assert names((volume.path / ".atoll" / "stats").read_text()) == names(scrape(port))
     (tmp_path / "bucket").mkdir()
     with (
-        service(tmp_path, options=("--metrics", f"127.0.0.1:{service_port}", "--memory", "3MiB")) as running,
+        service(
+            tmp_path, options=("--metrics", f"127.0.0.1:{service_port}", "--memory", "3MiB", "--backup", "1h")
+        ) as running,
         mounted_from(
             running,
             tmp_path,
@@ -77,8 +95,14 @@ def test_the_page_names_every_metric_and_no_other(tmp_path: Path) -> None:
     ):
         work(volume.path)
         seen |= names(scrape(other_port))
+        known = documented_labels("Of a mount")
+        assert {name: known[name] for name in labels(scrape(other_port))} == labels(scrape(other_port))
         text = scrape(service_port)
         assert names(text) | {"atoll_meta_requests_repeated_total"} == documented("Of a service")
+        known = documented_labels("Of a service")
+        for name, found in labels(text).items():
+            if not name.endswith("_created"):
+                assert known[name] == found, name
         assert re.search(r'atoll_meta_request_duration_seconds_count\{op="create"\} 2\.0', text)
         assert 'atoll_meta_sessions_connected{volume="acme/data"} 1.0' in text
         assert re.search(r'atoll_meta_memory_limit_bytes\{volume="acme/data"\} 3\.145728e\+06', text)

@@ -55,7 +55,7 @@ def test_documents(volume: Path, tmp_path: Path) -> None:
     assert set(document) == {"file", "uuid", "volume", "last_batch", "rows", "inodes", "size_bytes", "seconds"}
     assert (document["volume"], document["inodes"], document["size_bytes"]) == ("local/default", 1, file.stat().st_size)
     loaded = done("load", file, copy, "--json").document
-    assert set(loaded) == {"address", "file", "format", "dumped_ns", "rows", "seconds"}
+    assert set(loaded) == {"address", "backup", "file", "format", "dumped_ns", "rows", "seconds"}
     assert (loaded["address"], loaded["rows"]) == (str(copy), document["rows"])
 
 

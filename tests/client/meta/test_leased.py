@@ -182,7 +182,10 @@ def test_files_with_several_names_are_asked_for(leased: Leased) -> None:
 def test_a_directory_that_may_have_been_moved_is_asked_for(leased: Leased) -> None:
     leased.take_directory(leased.asked(), directory())
     assert leased.getattr(A) == directory()
-    leased.begin(moves=True)
+    leased.begin(moves_in=[A])
+    assert leased.getattr(A) == directory(), "a child of it may have been moved, not the directory"
+    leased.end()
+    leased.begin(moves_in=[Ino(77), directory().parent])
     assert leased.getattr(A) is None
 
 

@@ -67,6 +67,17 @@ def test_a_directory_is_known_for_a_moment_after_its_change_and_never_as_it_was_
     assert recent.directory(PARENT) is None
 
 
+def test_a_directory_that_may_have_been_moved_or_removed_is_asked_for_and_others_are_not() -> None:
+    recent = Recent(now_s=Clock())
+    elsewhere = inode(20)._replace(parent=Ino(2))
+    recent.changed([inode(PARENT), elsewhere])
+    recent.forget_children([PARENT])
+    assert recent.directory(PARENT) is not None
+    recent.forget_children([Ino(1), Ino(3)])
+    assert recent.directory(PARENT) is None
+    assert recent.directory(Ino(20)) == elsewhere
+
+
 LOOKUP_S = 0.0003
 
 

@@ -402,7 +402,6 @@ administering(
 )
 administering("a user of a subtree asks for paths", lambda w, a: a.paths_of(w.secret), "/inside")
 administering("a user of a subtree walks the volume", lambda w, a: a.resolve([b"outside", b"secret"]), "/inside")
-administering("a user of a subtree sees the sessions of others", lambda w, a: a.status(), "/inside")
 administering("a user of a subtree sees the trash", lambda w, a: a.trash_list(after=None, limit=9), "/inside")
 administering("a user of a subtree clones", lambda w, a: a.clone(ROOT, w.secret, w.inside, b"mine"), "/inside")
 administering("a reader clones", lambda w, a: a.clone(ROOT, w.file, w.inside, b"mine"), read_only=True)
@@ -604,6 +603,16 @@ async def test_what_a_subtree_has_is_reached(world: World) -> None:
 
 
 @in_world
+async def test_the_status_of_a_subtree_tells_nothing_of_others(world: World) -> None:
+    admin = RemoteAdmin(world.endpoint(await world.token("/inside")), "team/data", timeout_s=20)
+    status = await admin.status()
+    assert status.format.name == "data"
+    assert not status.sessions
+    assert not status.counters
+    assert (await world.owner.admin.status()).sessions
+
+
+@in_world
 async def test_a_file_with_a_name_inside_is_reached_by_it(world: World) -> None:
     await world.owner.meta.link(ROOT, world.secret, world.inside, b"shared")
     async with world.session(await world.token("/inside")) as client:
@@ -641,6 +650,21 @@ async def test_what_is_moved_out_is_out_of_reach(world: World) -> None:
             with pytest.raises(FsError) as refused:
                 await attempt
             assert refused.value.errno == errno.ENOENT
+
+
+@in_world
+async def test_a_lease_on_what_is_moved_out_is_not_extended(world: World) -> None:
+    directory = (await world.owner.meta.mkdir(ROOT, world.inside, b"dir", mode=0o755)).ino
+    deep = (await world.owner.meta.mkdir(ROOT, directory, b"deep", mode=0o755)).ino
+    async with world.session(await world.token("/inside")) as client:
+        call = client.connection.call
+        page = await call("readdir", pb.ReadDir(ino=deep, limit=9, lease=True))
+        assert list(page.leased) == [deep]
+        assert list((await call("extend_leases", pb.ExtendLeases(inos=[deep]))).leased) == [deep]
+        await world.owner.meta.rename(ROOT, world.inside, b"dir", world.outside, b"dir", flags=RenameFlags(0))
+        with pytest.raises(FsError):
+            await call("extend_leases", pb.ExtendLeases(inos=[deep]))
+        assert list((await call("extend_leases", pb.ExtendLeases(inos=[deep, client.meta.root]))).leased) == []
 
 
 @in_world

@@ -10,13 +10,17 @@ from typing import Any
 
 import pytest
 
+from chunkstore.errors import AtollError
 from client.meta.connection import SessionConnection
 from client.meta.endpoint import Endpoint, ServiceUnavailable
 from client.meta.remote import RemoteMeta
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api.server import Server, owner_of
+from metasvc.engine import Engine
+from metasvc.errors import NotOwner
 from metasvc.model import ROOT_INO
 from metasvc.server.tokens import Tokens, prepare
+from metasvc.server.volumes import Volume
 from metasvc.store import Store
 from metasvc.store.memory import MemoryStore
 from tests.metasvc.engine.volumes import ROOT, format_volume
@@ -167,3 +171,56 @@ async def test_nothing_is_handed_over_to_who_has_as_much_or_after_the_end_began(
         assert len(await first.hand_over(to, 0)) == 1
         await served[0].stop()
         assert await first.hand_over(to, 0) == []
+
+
+async def slow_to_end(_: Volume) -> None:
+    """Work whose end takes a moment, as that of an upload does."""
+    try:
+        await asyncio.Event().wait()
+    finally:
+        await asyncio.sleep(0.2)
+
+
+async def test_a_volume_is_given_up_whole_when_the_process_that_asked_for_it_ends_meanwhile() -> None:
+    store = await store_with(1)
+    async with processes(store, 1, work=slow_to_end) as (served,):
+        volumes = served.volumes
+        assert volumes is not None
+        await volumes.get("acme", "v0")
+        asking = asyncio.create_task(volumes.hand_over(Server("127.0.0.1", 1), -1))
+        await asyncio.sleep(0.05)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        other = await store.open_volume("acme", "v0")
+        async with asyncio.timeout(5):
+            while True:
+                with contextlib.suppress(NotOwner):
+                    await other.acquire(nonce="other", address="other", ttl_s=60)
+                    break
+                await asyncio.sleep(0.02)
+        assert not list(volumes)
+
+
+async def test_a_volume_that_is_being_opened_at_the_end_is_given_up_too() -> None:
+    store = await store_with(1)
+    async with processes(store, 1) as (served,):
+        volumes = served.volumes
+        assert volumes is not None
+        slow = asyncio.Event()
+        admit = volumes.space.admit
+
+        async def slow_admit(engine: Engine) -> None:
+            await slow.wait()
+            await admit(engine)
+
+        volumes.space.admit = slow_admit  # type: ignore[method-assign]
+        opening = asyncio.create_task(volumes.get("acme", "v0"))
+        await asyncio.sleep(0.05)
+        closing = asyncio.create_task(volumes.close())
+        await asyncio.sleep(0.05)
+        slow.set()
+        await asyncio.gather(opening, closing, return_exceptions=True)
+        await (await store.open_volume("acme", "v0")).acquire(nonce="other", address="other", ttl_s=60)
+        assert not list(volumes)
+        with pytest.raises(AtollError, match="ending"):
+            await volumes.get("acme", "v0")

@@ -47,7 +47,7 @@ from atollfs.file import (
     WriteFile,
     canonical_mode,
 )
-from atollfs.location import SCHEME, VolumeOptions, split_url
+from atollfs.location import ENCRYPTED_SCHEME, SCHEME, VolumeOptions, split_url
 from atollfs.tree import PIECE_BYTES, Descriptor, Listed, Tree, all_of, as_os_error, kind
 from chunkstore.errors import AtollError
 from chunkstore.geometry import MIB, Buffer
@@ -78,7 +78,7 @@ class AtollFileSystem(AsyncFileSystem):  # type: ignore[misc]
     before that. A program that never does it has it done at its exit. After close() the next operation opens it again.
     """
 
-    protocol: ClassVar[str] = SCHEME
+    protocol: ClassVar[tuple[str, ...]] = (SCHEME, ENCRYPTED_SCHEME)
     root_marker: ClassVar[str] = "/"
 
     def __init__(

@@ -1,6 +1,6 @@
 """Where a file is: URLs, and the options that say which volume is meant and how it is opened.
 
-    atoll://HOST:PORT/TENANT/VOLUME/path    a file of a service's volume
+    atoll://HOST:PORT/TENANT/VOLUME/path    a file of a service's volume; atolls:// by TLS
     atoll:///path, /path, path              a file of the volume that the option `address` names
 
 Owns this grammar. Pure: nothing is opened here. Must not know fsspec.
@@ -17,8 +17,10 @@ from typing import Final
 from client.address import Address, AddressInvalid, normalize, parse_address
 
 SCHEME: Final = "atoll"
-_PREFIX: Final = f"{SCHEME}://"
-_SERVICE_URL: Final = re.compile(r"(?P<address>atoll://[^/]+/[^/]+/[^/]+)(?P<path>/.*)?", re.DOTALL)
+ENCRYPTED_SCHEME: Final = "atolls"
+"""The same by TLS."""
+_PREFIXES: Final = (f"{SCHEME}://", f"{ENCRYPTED_SCHEME}://")
+_SERVICE_URL: Final = re.compile(r"(?P<address>atolls?://[^/]+/[^/]+/[^/]+)(?P<path>/.*)?", re.DOTALL)
 
 
 def split_url(text: str) -> tuple[str | None, str]:
@@ -30,8 +32,8 @@ def split_url(text: str) -> tuple[str | None, str]:
     """
     address: str | None = None
     path = text
-    if text.startswith(_PREFIX):
-        path = text[len(_PREFIX) :]
+    if text.startswith(_PREFIXES):
+        path = text[text.index("://") + 3 :]
         if path and not path.startswith("/"):
             match = _SERVICE_URL.fullmatch(text)
             try:

@@ -243,7 +243,7 @@ async def _enter_chunks(
             cache_limit_bytes=options.cache_limit_bytes,
         )
         try:
-            return await stack.enter_async_context(ChunkStore(config, bucket=volume.bucket()))
+            return await stack.enter_async_context(ChunkStore(config, access=await volume.block_access()))
         except CacheLocked:
             if volume.is_sole or number + 1 == CACHES_PER_NODE:
                 raise

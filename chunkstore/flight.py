@@ -19,9 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from chunkstore.access import BlockAccess
 from chunkstore.background import Executors, TaskSet
 from chunkstore.block import block_digest, frame_digests
-from chunkstore.buckets import ObjectStore
 from chunkstore.budget import WriteMemory
 from chunkstore.errors import AtollError, CacheFull, ObjectCorrupt
 from chunkstore.geometry import Buffer, SliceId
@@ -44,7 +44,7 @@ class WriteServices:
     """Hold what all writers of a store share."""
 
     config: ChunkStoreConfig
-    bucket: ObjectStore
+    access: BlockAccess
     memory: WriteMemory
     uploader: Uploader
     cache: ImageCache

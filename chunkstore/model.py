@@ -17,6 +17,13 @@ from chunkstore.geometry import DEFAULT_BLOCK_BYTES, KIB, MIB, SliceId, block_co
 MAX_SLICE_BYTES: Final = (1 << 32) - 1
 
 
+class Place(NamedTuple):
+    """Say where a slice is used: its byte 0 would be at an offset of a file, negative where the file has not its beginning."""
+
+    ino: int
+    offset: int
+
+
 class SliceInfo(NamedTuple):
     """Name a sealed slice that has objects, with what verifies every byte of it.
 
@@ -26,6 +33,8 @@ class SliceInfo(NamedTuple):
     slice_id: SliceId
     length: int
     digests: bytes
+    place: Place | None = None
+    """By which file it was found. None: its writer has it, or whoever may read all."""
 
     def digest(self, index: int) -> bytes:
         """Return the committed digest of a block."""

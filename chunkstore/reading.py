@@ -22,9 +22,9 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
+from chunkstore.access import BlockAccess
 from chunkstore.background import Executors, TaskSet
 from chunkstore.block import BlockHeader, CodecKind, decode, decode_frame, header_size, read_header
-from chunkstore.buckets import ObjectStore
 from chunkstore.budget import ByteBudget
 from chunkstore.errors import AtollError, BucketUnavailable, FormatUnsupported, ObjectCorrupt
 from chunkstore.geometry import FRAME_BYTES, KIB, Buffer, SliceId, block_key, blocks_of_range, frame_length
@@ -156,15 +156,15 @@ class SliceReader:
         self,
         config: ChunkStoreConfig,
         *,
-        bucket: ObjectStore,
+        access: BlockAccess,
         cache: ImageCache,
         executors: Executors,
         tasks: TaskSet,
     ) -> None:
-        """Take the bucket to fetch from and the images to fetch into."""
+        """Take what reaches the blocks to fetch and the images to fetch into."""
         self._config = config
         self._block_bytes = config.block_bytes
-        self._bucket = bucket
+        self._access = access
         self._cache = cache
         self._executors = executors
         self._tasks = tasks
@@ -444,8 +444,8 @@ class SliceReader:
         while True:
             try:
                 if fetch.frames is None:
-                    return await self._bring_whole(fetch, key=key, origin=origin)
-                return await self._bring_frames(fetch, fetch.frames, key=key, origin=origin)
+                    return await self._bring_whole(fetch, origin=origin)
+                return await self._bring_frames(fetch, fetch.frames, origin=origin)
             except (ObjectCorrupt, FormatUnsupported):
                 self.counters.corrupt += 1
                 self._headers.pop((info.slice_id, block_index), None)
@@ -460,8 +460,8 @@ class SliceReader:
                     named = f"{origin}: {error.message}"
                 raise type(error)(named, errno=error.errno, retryable=error.retryable) from error
 
-    async def _bring_whole(self, fetch: _Fetch, *, key: str, origin: str) -> Brought:
-        payload = await self._bucket.get(key)
+    async def _bring_whole(self, fetch: _Fetch, *, origin: str) -> Brought:
+        payload = await self._access.get(fetch.info, fetch.block_index)
         # Only side files keep the digests of frames.
         wants_digests = not is_small(fetch.info.length, self._block_bytes)
         arguments = (payload, fetch.info.digest(fetch.block_index), fetch.raw_length, origin)
@@ -469,7 +469,7 @@ class SliceReader:
             return _decode_whole(*arguments, wants_digests=wants_digests)
         return await self._executors.codec(_decode_whole, *arguments, wants_digests=wants_digests)
 
-    async def _bring_frames(self, fetch: _Fetch, frames: range, *, key: str, origin: str) -> Brought:
+    async def _bring_frames(self, fetch: _Fetch, frames: range, *, origin: str) -> Brought:
         known = self._headers.get((fetch.info.slice_id, fetch.block_index))
         stored: Buffer | None = None
         if known is None:
@@ -479,10 +479,11 @@ class SliceReader:
                 start = size + frames.start * FRAME_BYTES
                 end = min(start + len(frames) * FRAME_BYTES, size + fetch.raw_length)
                 head, stored = await asyncio.gather(
-                    self._bucket.get(key, start=0, end=size), self._bucket.get(key, start=start, end=end)
+                    self._access.get(fetch.info, fetch.block_index, start=0, end=size),
+                    self._access.get(fetch.info, fetch.block_index, start=start, end=end),
                 )
             else:
-                head = await self._bucket.get(key, start=0, end=size)
+                head = await self._access.get(fetch.info, fetch.block_index, start=0, end=size)
             header = read_header(
                 head,
                 expected_digest=fetch.info.digest(fetch.block_index),
@@ -503,7 +504,7 @@ class SliceReader:
         header = known.header
         start, end = header.frames[frames.start].start, header.frames[frames.stop - 1].end
         if stored is None:
-            stored = await self._bucket.get(key, start=start, end=end)
+            stored = await self._access.get(fetch.info, fetch.block_index, start=start, end=end)
         raw = await self._executors.codec(_decode_frames, header, frames, stored, origin)
         known.pieces += 1
         return Brought(raw, [frame.digest for frame in header.frames])

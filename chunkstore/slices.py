@@ -33,11 +33,12 @@ from typing import Final, Self
 from uuid import UUID
 from weakref import WeakSet
 
+from chunkstore.access import BlockAccess, ObjectAccess
 from chunkstore.background import Executors, TaskSet
-from chunkstore.buckets import MAX_DELETE_KEYS, ObjectStore
+from chunkstore.buckets import ObjectStore
 from chunkstore.budget import WriteMemory
 from chunkstore.flight import WriteServices
-from chunkstore.geometry import Buffer, SliceId, block_count, block_key
+from chunkstore.geometry import Buffer, SliceId, block_count
 from chunkstore.images.cache import ImageCache
 from chunkstore.images.directory import CacheDirectory, CacheLocked
 from chunkstore.images.disk import Disk
@@ -61,18 +62,22 @@ class ChunkStore:
         self,
         config: ChunkStoreConfig,
         *,
-        bucket: ObjectStore,
+        bucket: ObjectStore | None = None,
+        access: BlockAccess | None = None,
         clock: Callable[[], float] = time.monotonic,
         boot_id: str | None = None,
         disk: Disk | None = None,
     ) -> None:
-        """Take settings and the bucket, which the caller closes after this store. Touches nothing yet.
+        """Take settings, and the bucket or what else reaches its blocks; the caller closes it later. Touches nothing yet.
 
         `clock` is a monotonic clock in seconds; `boot_id` stands in for /proc/sys/kernel/random/boot_id, and `disk` for the
         system calls on the cache disk, in tests.
         """
         self._config = config
-        self._bucket = bucket
+        if bucket is not None:
+            access = ObjectAccess(bucket, config.volume_uuid)
+        assert access is not None, "a bucket, or what else reaches blocks"
+        self._access: BlockAccess = access
         self._clock = clock
         self._boot_id = boot_id
         self._disk = disk or Disk()
@@ -106,12 +111,12 @@ class ChunkStore:
             clock=self._clock,
             max_descriptors=config.max_open_images,
         )
-        uploader = Uploader(config, bucket=self._bucket, executors=executors)
+        uploader = Uploader(config, access=self._access, executors=executors)
         self._uploader = uploader
         self._staged = StagedUploads(
             config, uploader=uploader, cache=cache, executors=executors, disk=disk, tasks=self._tasks
         )
-        self._reader = SliceReader(config, bucket=self._bucket, cache=cache, executors=executors, tasks=self._tasks)
+        self._reader = SliceReader(config, access=self._access, cache=cache, executors=executors, tasks=self._tasks)
         self._evictor = Evictor(
             cache,
             limit_bytes=config.cache_limit_bytes,
@@ -124,7 +129,7 @@ class ChunkStore:
         self._staging = Staging(cache, executors=executors, disk=disk, tasks=self._tasks)
         self._services = WriteServices(
             config=config,
-            bucket=self._bucket,
+            access=self._access,
             memory=WriteMemory(config.write_memory_bytes),
             uploader=uploader,
             cache=cache,
@@ -207,17 +212,13 @@ class ChunkStore:
         A put of a staged slice that is under way is waited for, so that nothing of it appears afterwards.
         """
         self._reader.forget(slice_id for slice_id, _ in slices)
-        keys: list[str] = []
+        blocks: list[tuple[SliceId, int]] = []
         for slice_id, length in slices:
             if not await self._staged.remove(slice_id):
                 continue
-            keys += [
-                block_key(self._config.volume_uuid, slice_id, index)
-                for index in range(block_count(length, self._config.block_bytes))
-            ]
+            blocks += [(slice_id, index) for index in range(block_count(length, self._config.block_bytes))]
         self._cache.forget(slice_id for slice_id, _ in slices)
-        for start in range(0, len(keys), MAX_DELETE_KEYS):
-            await self._bucket.delete(keys[start : start + MAX_DELETE_KEYS])
+        await self._access.delete(blocks)
 
     def forget(self, slice_id: SliceId) -> None:
         """Drop the image of a slice, unless it is not uploaded yet."""

@@ -21,9 +21,9 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
+from chunkstore.access import BlockAccess
 from chunkstore.background import Executors, TaskSet, wait_for_event
 from chunkstore.block import DIGEST_BYTES, digest_of, encode, read_header
-from chunkstore.buckets import ObjectStore
 from chunkstore.errors import AtollError, BucketUnavailable, ObjectCorrupt
 from chunkstore.geometry import Buffer, SliceId, block_count, block_key, block_length
 from chunkstore.images.cache import ImageCache
@@ -56,10 +56,10 @@ class Encoded(NamedTuple):
 class Uploader:
     """Encode blocks and put them, so many at once."""
 
-    def __init__(self, config: ChunkStoreConfig, *, bucket: ObjectStore, executors: Executors) -> None:
-        """Take the bucket."""
+    def __init__(self, config: ChunkStoreConfig, *, access: BlockAccess, executors: Executors) -> None:
+        """Take what reaches the bucket."""
         self._config = config
-        self._bucket = bucket
+        self._access = access
         self._executors = executors
         # The store behind has slots too, but waiting for one of those counts against the budget of the put.
         self._slots = asyncio.Semaphore(config.max_uploads)
@@ -84,7 +84,7 @@ class Uploader:
         key = block_key(self._config.volume_uuid, slice_id, block_index)
         try:
             async with self._slots:
-                await self._bucket.put(key, payload)
+                await self._access.put(slice_id, block_index, payload)
         except AtollError as error:
             self.failures += 1
             message = f"slice {slice_id}: {'' if key in error.message else f'object {key}: '}{error.message}"

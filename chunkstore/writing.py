@@ -23,10 +23,9 @@ import logging
 from collections.abc import Awaitable
 
 from chunkstore.block import block_digest, frame_digests
-from chunkstore.buckets import MAX_DELETE_KEYS
 from chunkstore.errors import AtollError, CacheFull, ObjectCorrupt
 from chunkstore.flight import HASH_HERE_BYTES, Flight, WriteServices
-from chunkstore.geometry import Buffer, SliceId, block_key, blocks_of_range
+from chunkstore.geometry import Buffer, SliceId, blocks_of_range
 from chunkstore.images.directory import StagedName, root_of
 from chunkstore.model import MAX_SLICE_BYTES, Sealed, SliceInfo
 from chunkstore.tail import Tail
@@ -392,14 +391,10 @@ class SliceWriter:
         flight.draft.discard()
         await self._services.staged.remove(self._slice_id)
         self._services.cache.forget([self._slice_id])
-        volume_uuid = self._services.config.volume_uuid
-        keys = [
-            block_key(volume_uuid, self._slice_id, block.index)
-            for block in flight.blocks
-            if block.is_tried or self._sealed is not None
+        blocks = [
+            (self._slice_id, block.index) for block in flight.blocks if block.is_tried or self._sealed is not None
         ]
         try:
-            for start in range(0, len(keys), MAX_DELETE_KEYS):
-                await self._services.bucket.delete(keys[start : start + MAX_DELETE_KEYS])
+            await self._services.access.delete(blocks)
         except AtollError as error:
             log.info("slice %d was discarded, but not its objects: %s; gc removes them", self._slice_id, error)

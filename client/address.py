@@ -1,8 +1,8 @@
 """Addresses of volumes, and of files in them, as users type them.
 
 Owns the grammar of design section 3: an address that is a path names an embedded volume, ``atoll://…`` one of a
-service, and ``ADDRESS:/path`` a file in it. Pure functions on text; what a path under a live mount means is found out
-in client.mounts. Must not know commands, mounts or stores.
+service (``atolls://…`` by TLS), and ``ADDRESS:/path`` a file in it. Pure functions on text; what a path under a live mount
+means is found out in client.mounts. Must not know commands, mounts or stores.
 """
 
 from __future__ import annotations
@@ -18,8 +18,15 @@ from metasvc.api.server import Server, parse_servers
 from metasvc.model import PATH_MAX_BYTES
 
 SERVICE_SCHEME: Final = "atoll://"
-_SERVICE_ADDRESS: Final = re.compile(r"atoll://(?P<servers>[^/]+)/(?P<tenant>[^/:]+)/(?P<volume>[^/:]+)/?")
-_SERVICE_PLACE: Final = re.compile(r"atoll://(?P<servers>[^/]+)(?:/(?P<tenant>[^/:]+)(?:/(?P<volume>[^/:]+))?)?/?")
+ENCRYPTED_SCHEME: Final = "atolls://"
+"""The same by TLS."""
+SERVICE_SCHEMES: Final = (SERVICE_SCHEME, ENCRYPTED_SCHEME)
+_SERVICE_ADDRESS: Final = re.compile(
+    r"(?P<scheme>atolls?://)(?P<servers>[^/]+)/(?P<tenant>[^/:]+)/(?P<volume>[^/:]+)/?"
+)
+_SERVICE_PLACE: Final = re.compile(
+    r"(?P<scheme>atolls?://)(?P<servers>[^/]+)(?:/(?P<tenant>[^/:]+)(?:/(?P<volume>[^/:]+))?)?/?"
+)
 META_DB: Final = "meta.db"
 OBJECTS: Final = "objects"
 
@@ -60,6 +67,8 @@ class ServiceAddress:
     """Its processes, or some of them: any of them knows which one owns the volume. At least one."""
     tenant: str
     volume: str
+    is_encrypted: bool = False
+    """They are reached by TLS."""
 
     @property
     def name(self) -> str:
@@ -68,7 +77,7 @@ class ServiceAddress:
 
     def __str__(self) -> str:
         """Return the address as mounts show it (fsname) and users type it."""
-        return f"{SERVICE_SCHEME}{','.join(map(str, self.servers))}/{self.tenant}/{self.volume}"
+        return f"{_scheme(self)}{','.join(map(str, self.servers))}/{self.tenant}/{self.volume}"
 
 
 Address = EmbeddedAddress | ServiceAddress
@@ -82,11 +91,12 @@ class ServicePlace:
     tenant: str = ""
     volume: str = ""
     path: bytes = b"/"
+    is_encrypted: bool = False
 
     def __str__(self) -> str:
         """Return it as users type it."""
         parts = "/".join(part for part in (",".join(map(str, self.servers)), self.tenant, self.volume) if part)
-        return f"{SERVICE_SCHEME}{parts}{'' if self.path == b'/' else ':' + shown(self.path)}"
+        return f"{_scheme(self)}{parts}{'' if self.path == b'/' else ':' + shown(self.path)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +106,10 @@ class VolumePath:
     address: Address
     path: bytes
     """Absolute within the volume, without ``.``, ``..`` and doubled slashes."""
+
+
+def _scheme(place: ServiceAddress | ServicePlace) -> str:
+    return ENCRYPTED_SCHEME if place.is_encrypted else SERVICE_SCHEME
 
 
 def split_path(text: str) -> tuple[str, str | None]:
@@ -112,7 +126,7 @@ def parse_address(text: str) -> Address:
 
     AddressInvalid for an empty text, one that no path may be, and one of a service that lacks a part.
     """
-    if text.startswith(SERVICE_SCHEME):
+    if text.startswith(SERVICE_SCHEMES):
         return _parse_service_address(text)
     if "://" in text:
         raise AddressInvalid(
@@ -141,9 +155,9 @@ def _parse_service_address(text: str) -> ServiceAddress:
     if match is None or servers is None:
         raise AddressInvalid(
             f"{shown(text)} is no address of a volume: give atoll://HOST:PORT/TENANT/VOLUME, "
-            "or atoll://HOST:PORT,HOST:PORT/TENANT/VOLUME for a service of several processes"
+            "or atoll://HOST:PORT,HOST:PORT/TENANT/VOLUME for a service of several processes; atolls:// by TLS"
         )
-    return ServiceAddress(servers, match["tenant"], match["volume"])
+    return ServiceAddress(servers, match["tenant"], match["volume"], match["scheme"] == ENCRYPTED_SCHEME)
 
 
 def parse_service_place(text: str) -> ServicePlace:
@@ -154,10 +168,11 @@ def parse_service_place(text: str) -> ServicePlace:
     if match is None or servers is None or (path is not None and match["volume"] is None):
         raise AddressInvalid(
             f"{shown(text)} is no address of a service: give atoll://HOST:PORT, atoll://HOST:PORT/TENANT "
-            "or atoll://HOST:PORT/TENANT/VOLUME"
+            "or atoll://HOST:PORT/TENANT/VOLUME; atolls:// by TLS"
         )
     where = b"/" if path is None else normalize(os.fsencode(path))
-    return ServicePlace(servers, match["tenant"] or "", match["volume"] or "", where)
+    is_encrypted = match["scheme"] == ENCRYPTED_SCHEME
+    return ServicePlace(servers, match["tenant"] or "", match["volume"] or "", where, is_encrypted)
 
 
 def parse_volume_path(text: str) -> VolumePath | None:

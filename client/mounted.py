@@ -12,6 +12,7 @@ over, the database is gone) it dies at once, as if it were killed.
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import math
 import os
@@ -25,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from chunkstore.access import BlockAccess, ObjectAccess
 from chunkstore.block import Codec
 from chunkstore.buckets import Limits
 from chunkstore.errors import AtollError, BucketUnavailable
@@ -197,10 +199,11 @@ class MountProcess:
             if volume.meta.is_read_only:
                 request = self._request = replace(request, read_only=True)
             root = await self._find_root(volume)
-            await self._check_bucket(volume)
+            blocks = await volume.block_access()
+            await self._check_access(volume, blocks)
             meta = await stack.enter_async_context(volume.session(mountpoint=request.mountpoint, root=root))
             lengths = dict(staged_in(request.cache_dir, volume.format).lengths)
-            chunks = await stack.enter_async_context(ChunkStore(self._chunk_config(volume), bucket=volume.bucket()))
+            chunks = await stack.enter_async_context(ChunkStore(self._chunk_config(volume), access=blocks))
             directory = make_holder_directory(request.address, request.mountpoint, env=self._env)
             self._write_record(directory)
             vfs = self._make_vfs(volume, meta, chunks, root)
@@ -224,6 +227,16 @@ class MountProcess:
         self._log.info("ended")
 
     # -- starting --------------------------------------------------------------------------------------------------------
+
+    async def _check_access(self, volume: OpenVolume, blocks: BlockAccess) -> None:
+        if isinstance(blocks, ObjectAccess):
+            await self._check_bucket(volume)
+        elif self._request.durability is Durability.LOCAL:
+            raise AtollError(
+                "--durability local does not go with keys that the service keeps: what is uploaded after the end of a "
+                "session is signed by nobody; mount without, or format with --keys environment",
+                errno=errno.ENOTSUP,
+            )
 
     async def _check_bucket(self, volume: OpenVolume) -> None:
         """Ask the bucket something, so that a wrong key or an unreachable bucket is told now and not by the first write."""
@@ -292,8 +305,12 @@ class MountProcess:
             yield meta, chunks
 
         request = self._request
+
+        async def shelf() -> Shelf:
+            return Shelf(volume.bucket(), volume.format.uuid)
+
         backups = Backups(
-            lambda: Shelf(volume.bucket(), volume.format.uuid),
+            shelf,
             volume.admin.dump,
             policy=request.backup,
             check_owned=partial(_check_owned, volume),

@@ -20,7 +20,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
-from chunkstore.errors import AtollError
+from chunkstore.errors import AtollError, BucketDenied
 from client.address import Address, EmbeddedAddress, ServiceAddress, shown
 from client.control.messages import JsonObject
 from metasvc.api import MetaClient
@@ -29,8 +29,10 @@ from metasvc.errors import NotOwner, VolumeMissing
 from metasvc.model import ROOT_INO, Caller, Ino, SessionId, VolumeFormat
 
 if TYPE_CHECKING:
+    from chunkstore.access import BlockAccess
     from chunkstore.buckets import Limits, VerbCounters
     from chunkstore.buckets.retry import RetryingStore
+    from chunkstore.presigned import PresignedAccess
     from chunkstore.slices import ChunkStore
     from client.meta.connection import SessionConnection
     from metasvc.engine import Engine
@@ -161,6 +163,15 @@ class OpenVolume(ABC):
             self._closing.push_async_callback(self._bucket.close)
         return self._bucket
 
+    async def block_access(self) -> BlockAccess:
+        """Return what reaches the blocks of the volume, closed with it: with keys, or by URLs that a service signs.
+
+        BucketDenied where keys are needed and missing from the environment.
+        """
+        from chunkstore.access import ObjectAccess
+
+        return ObjectAccess(self.bucket(), self.format.uuid)
+
     def bucket_counters(self) -> Mapping[str, VerbCounters]:
         """Return what was counted of requests to the bucket, by verb; nothing if it was not opened."""
         return {} if self._bucket is None else self._bucket.counters()
@@ -251,12 +262,41 @@ class ServiceVolume(OpenVolume):
         super().__init__(address, env=env, closing=closing)
         self._connection = connection
         self.admin = admin
+        self._presigned: PresignedAccess | None = None
         self.meta = self._remote = RemoteMeta(connection, remembers=has_kernel)
         closing.push_async_callback(self._remote.close)
 
     @property
     def failure(self) -> AtollError | None:
         return self._connection.failure
+
+    async def block_access(self) -> BlockAccess:
+        from chunkstore.presigned import PresignedAccess
+        from client.meta.signing import RemoteSigning, signs_urls
+
+        if self._presigned is None:
+            if not await signs_urls(self._connection):
+                return await super().block_access()
+            form = self.format
+            signing = RemoteSigning(self._connection, block_bytes=form.block_bytes)
+            self._presigned = PresignedAccess(
+                signing, volume_uuid=form.uuid, block_bytes=form.block_bytes, name=form.bucket_url
+            )
+            self._closing.push_async_callback(self._presigned.close)
+        return self._presigned
+
+    def bucket(self) -> RetryingStore:
+        from metasvc.api.bucket_keys import keys_in
+
+        if self._presigned is not None and not keys_in(self.format.bucket_url, self._env):
+            raise BucketDenied(
+                f"bucket {self.format.bucket_url}: the service keeps its keys, and listing or deleting objects needs them: "
+                "give the address of the volume, on a machine whose environment has the keys"
+            )
+        return super().bucket()
+
+    def bucket_counters(self) -> Mapping[str, VerbCounters]:
+        return super().bucket_counters() if self._presigned is None else self._presigned.counters()
 
     def meta_counters(self) -> dict[str, int]:
         connection = self._connection
@@ -381,9 +421,9 @@ async def _open_service(
 ) -> AsyncIterator[OpenVolume]:
     from client.meta.admin import RemoteAdmin
     from client.meta.connection import SessionConnection
-    from client.meta.endpoint import Endpoint
+    from client.meta.encryption import endpoint_at
 
-    endpoint = Endpoint(address.servers, access.token, reread=access.reread)
+    endpoint = endpoint_at(address, access.token, env=env, reread=access.reread)
     connection = SessionConnection(
         endpoint,
         address.name,

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+from chunkstore.access import ObjectAccess
 from chunkstore.buckets import MAX_DELETE_KEYS
 from chunkstore.geometry import SLICES_PER_PREFIX, ObjectId, parse_block_key
 from client.admin.asking import Asked
@@ -59,6 +60,8 @@ async def gc(asked: Asked) -> JsonObject:
     ignore_backups = asked.params.flag("ignore_backups")
     asked.params.done()
     volume = asked.volume
+    # Refused before anything is removed, where keys are missing.
+    volume.bucket()
     tally = Tally()
     if not dry_run:
         tally.expired_entries = await expire_trash(
@@ -107,8 +110,10 @@ async def delete_slices(volume: OpenVolume, rows: Sequence[Garbage]) -> None:
     """Delete the objects of slices, and in a mount their images."""
     if volume.mounting is not None:
         await volume.mounting.chunks.delete_many([(row.slice_id, row.length) for row in rows])
-    else:
-        await delete_objects(volume.bucket(), volume.format, rows)
+        if isinstance(await volume.block_access(), ObjectAccess):
+            return
+        # By URLs nothing is deleted.
+    await delete_objects(volume.bucket(), volume.format, rows)
 
 
 async def _collect_leaked(asked: Asked, tally: Tally, *, dry_run: bool) -> None:

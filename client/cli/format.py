@@ -7,12 +7,13 @@ directory of its own beside the address and renamed to it, so that no half-made 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import secrets
 import shutil
 import time
 import uuid
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,10 +28,13 @@ from client.address import (
     split_path,
 )
 from client.cli.new_volume import check_free, prepare_bucket, sync_directory
-from client.cli.options import COUNT, DAYS, SIZE, json_option
+from client.cli.options import COUNT, DAYS, SIZE, json_option, token_option
 from client.cli.output import echo_json, keep_quiet, limit
 from client.sizes import format_size
 from metasvc.model import VolumeFormat
+
+if TYPE_CHECKING:
+    from client.meta.endpoint import Endpoint
 
 
 class BlockSizeType(click.ParamType[int]):
@@ -79,7 +83,15 @@ class CompressionType(click.ParamType[str]):
 @click.option(
     "--inline-limit", type=SIZE, default="32KiB", show_default=True, help="Files up to this lie with the metadata."
 )
-@click.option("--token-file", metavar="FILE", help="The token for a service  [default: ATOLL_TOKEN, ATOLL_TOKEN_FILE]")
+@click.option(
+    "--keys",
+    "keys_in",
+    type=click.Choice(["auto", "service", "environment"]),
+    default="auto",
+    show_default=True,
+    help="Who has the keys of the bucket: the service, or the environment of all. auto: the service if it has a master key.",
+)
+@token_option
 @json_option
 def command(
     address: str,
@@ -92,6 +104,7 @@ def command(
     inodes: int,
     trash_days: float,
     inline_limit: int,
+    keys_in: str,
     token_file: str | None,
     as_json: bool,
 ) -> None:
@@ -111,6 +124,8 @@ def command(
     where = parse_address(address)
     if isinstance(where, ServiceAddress) and bucket is None:
         raise click.UsageError("a volume of a service needs --bucket: its clients are on many machines")
+    if isinstance(where, EmbeddedAddress) and keys_in == "service":
+        raise click.UsageError("--keys service goes with a volume of a service: an embedded one stores no keys")
     volume_format = VolumeFormat(
         uuid=str(uuid.uuid4()),
         tenant=where.tenant if isinstance(where, ServiceAddress) else TENANT,
@@ -125,15 +140,18 @@ def command(
         created_ns=time.time_ns(),
     )
     keep_quiet()
+    is_kept = False
     if isinstance(where, ServiceAddress):
-        asyncio.run(_make_at_service(where, volume_format, token_file=token_file, create_bucket=create_bucket))
+        is_kept = asyncio.run(
+            _make_at_service(where, volume_format, token_file=token_file, create_bucket=create_bucket, keys_in=keys_in)
+        )
     else:
         check_free(where)
         asyncio.run(_make(where, volume_format, create_bucket=create_bucket))
     if as_json:
         from client.admin.status import format_json
 
-        echo_json({"address": str(where), "format": format_json(volume_format)})
+        echo_json({"address": str(where), "format": format_json(volume_format), "keys_in_service": is_kept})
         return
     place = where.objects if isinstance(where, EmbeddedAddress) and bucket is None else bucket or ""
     click.echo(f"{shown(str(where))}: volume {volume_format.uuid}, bytes in {shown(place)}")
@@ -141,6 +159,11 @@ def command(
         f"blocks of {format_size(block_size)}, compression {compression}, capacity {limit(capacity)}, "
         f"trash kept for {trash_days:g} days"
     )
+    if is_kept:
+        is_signed = volume_format.bucket_url.startswith("s3:")
+        click.echo(f"the service keeps the keys of the bucket: clients need {'none' if is_signed else 'them, too'}")
+    elif isinstance(where, ServiceAddress) and not volume_format.bucket_url.startswith("file:"):
+        click.echo("the keys of the bucket are not kept: the service and every client need them in their environment")
     if bucket is not None and bucket.startswith("file:"):
         click.echo(f"every node that mounts the volume must reach the directory {shown(place)} under that path")
 
@@ -179,13 +202,49 @@ async def _make(address: EmbeddedAddress, volume_format: VolumeFormat, *, create
 
 
 async def _make_at_service(
-    address: ServiceAddress, volume_format: VolumeFormat, *, token_file: str | None, create_bucket: bool
-) -> None:
-    """Probe the bucket from here, then have the service make the volume."""
+    address: ServiceAddress, volume_format: VolumeFormat, *, token_file: str | None, create_bucket: bool, keys_in: str
+) -> bool:
+    """Probe the bucket from here, then have the service make the volume; whether the service has the keys now."""
     from client.meta.admin import create_volume
-    from client.meta.endpoint import Endpoint
+    from client.meta.encryption import endpoint_at
+    from client.meta.keys import give_keys
     from client.volume import read_token
 
-    endpoint = Endpoint(address.servers, read_token(token_file, env=os.environ))
+    endpoint = endpoint_at(address, read_token(token_file, env=os.environ), env=os.environ)
     await prepare_bucket(address, volume_format.bucket_url, create=create_bucket)
+    variables = await _keys_for(endpoint, volume_format, keys_in)
     await create_volume(endpoint, volume_format, uid=os.geteuid(), gid=os.getegid(), mode=0o755)
+    if not variables:
+        return False
+    name = f"{volume_format.tenant}/{volume_format.name}"
+    try:
+        await give_keys(endpoint, name, variables)
+    except AtollError as error:
+        where = shown(str(address))
+        raise AtollError(
+            f"{where} was made, but the service does not keep the keys: {error.message}; repeat that with "
+            f"`atoll keys set {where}`",
+            errno=error.errno,
+        ) from error
+    return True
+
+
+async def _keys_for(endpoint: Endpoint, volume_format: VolumeFormat, keys_in: str) -> dict[str, str]:
+    """Return what is to be given to the service; nothing where the keys stay in the environment."""
+    from client.cli.new_volume import keys_to_give
+    from client.meta.keys import can_keep_keys
+    from metasvc.api import bucket_keys
+
+    if keys_in == "environment" or (
+        keys_in == "auto" and not (endpoint.is_private and bucket_keys.keys_in(volume_format.bucket_url, os.environ))
+    ):
+        return {}
+    variables = keys_to_give(volume_format.bucket_url)
+    if await can_keep_keys(endpoint, f"{volume_format.tenant}/{volume_format.name}"):
+        return variables
+    if keys_in == "auto":
+        return {}
+    raise AtollError(
+        "the service keeps no keys: start it with --master-key-file or ATOLL_MASTER_KEY, or format with --keys environment",
+        errno=errno.EACCES,
+    )

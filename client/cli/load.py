@@ -26,7 +26,7 @@ from chunkstore.errors import AtollError
 from client.address import META_DB, OBJECTS, EmbeddedAddress, ServiceAddress, parse_address, shown, split_path
 from client.cli.backups import in_bucket_source, is_bucket_url
 from client.cli.new_volume import check_free, prepare_bucket, sync_directory
-from client.cli.options import json_option
+from client.cli.options import json_option, token_option
 from client.cli.output import echo_json, keep_quiet, moment
 from client.cli.progress import Shown, shown_progress
 from client.control.messages import Progress
@@ -45,7 +45,7 @@ _STOP_S: Final = 0.5
 @click.option("--backup", metavar="latest|NAME", help="Which backup in a bucket.  [latest]")
 @click.option("--volume", metavar="TENANT/VOLUME|UUID", help="Of which volume, where a bucket has backups of several.")
 @click.option("--bucket", metavar="URL", help="Where the objects are now, if not where the dump says.")
-@click.option("--token-file", metavar="FILE", help="The token for a service  [default: ATOLL_TOKEN, ATOLL_TOKEN_FILE]")
+@token_option
 @json_option
 def command(
     file: str,
@@ -254,11 +254,11 @@ def _told(shown_to: Shown, source: Source) -> Callable[[int, int], None]:
 async def _load_into_service(
     address: ServiceAddress, source: Source, *, token_file: str | None, how: _How
 ) -> tuple[VolumeFormat, int]:
-    from client.meta.endpoint import Endpoint
+    from client.meta.encryption import endpoint_at
     from client.meta.loading import load_volume
     from client.volume import read_token
 
-    endpoint = Endpoint(address.servers, read_token(token_file, env=os.environ))
+    endpoint = endpoint_at(address, read_token(token_file, env=os.environ), env=os.environ)
     async with aclosing(source.data()) as data:
         return await load_volume(
             endpoint,

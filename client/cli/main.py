@@ -32,6 +32,7 @@ COMMANDS: Final = {
     "clone": "Copy a file or tree without copying bytes.",
     "tenant": "Make, list, limit or delete tenants of a service.",
     "token": "Make, list or revoke tokens of a service.",
+    "keys": "Give a service the keys of a bucket.",
     "delete": "Delete a volume of a service.",
     "dump": "Write the names and chunk maps of a volume to a file.",
     "load": "Make a volume from a dump or a backup.",

@@ -19,7 +19,7 @@ from chunkstore.errors import AtollError
 from client.address import Address, EmbeddedAddress, normalize, parse_address, shown, split_path
 from client.cli.main import fail
 from client.cli.mountpoint import absolute, check_fuse, prepare
-from client.cli.options import SIZE, backup_options, backup_policy
+from client.cli.options import SIZE, backup_options, backup_policy, token_option
 from client.cli.output import one_line
 from client.sizes import format_size
 
@@ -56,7 +56,7 @@ class CacheInvalid(AtollError):
 )
 @click.option("--read-only", is_flag=True, help="Refuse every change.")
 @click.option("--subdir", metavar="PATH", default="/", help="Show only this directory of the volume.")
-@click.option("--token-file", metavar="FILE", help="The token for a service  [default: ATOLL_TOKEN, ATOLL_TOKEN_FILE]")
+@token_option
 @click.option(
     "--meta-timeout",
     type=click.FloatRange(1.0),

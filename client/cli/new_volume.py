@@ -7,7 +7,7 @@ import os
 from client.address import Address, AddressInvalid, EmbeddedAddress, shown
 from metasvc.errors import VolumeExists
 
-__all__ = ["check_free", "prepare_bucket", "sync_directory"]
+__all__ = ["check_free", "keys_to_give", "prepare_bucket", "sync_directory"]
 
 
 def check_free(address: EmbeddedAddress) -> None:
@@ -46,6 +46,19 @@ async def prepare_bucket(address: Address, url: str, *, create: bool) -> None:
         await bucket.probe()
     finally:
         await bucket.close()
+
+
+def keys_to_give(bucket_url: str) -> dict[str, str]:
+    """Return the keys of a bucket that are in the environment, for a service. BucketDenied without."""
+    from chunkstore.errors import BucketDenied
+    from metasvc.api.bucket_keys import KEYS_OF, keys_in
+
+    found = keys_in(bucket_url, os.environ)
+    if not found:
+        names = KEYS_OF.get(bucket_url.partition("://")[0])
+        remedy = f"set {names[0]} and what goes with it" if names else "such a bucket has none, and needs none"
+        raise BucketDenied(f"there are no keys of bucket {bucket_url} in the environment: {remedy}")
+    return found
 
 
 def sync_directory(path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -91,9 +92,42 @@ def backup_policy(every_s: float | None, window_s: float) -> BackupPolicy | None
 
 
 def token_option(function: F) -> F:
-    """Add ``--token-file``."""
-    help_text = "The token for the service  [default: ATOLL_TOKEN, ATOLL_TOKEN_FILE]"
-    return click.option("--token-file", metavar="FILE", help=help_text)(function)
+    """Add ``--token-file``, and how the service is reached: ``--tls-ca``, ``--insecure``."""
+    help_text = "The token for a service  [default: ATOLL_TOKEN, ATOLL_TOKEN_FILE]"
+    return click.option("--token-file", metavar="FILE", help=help_text)(tls_options(function))
+
+
+def tls_options(function: F) -> F:
+    """Add ``--tls-ca`` and ``--insecure``: both stand for variables of the environment, and are set there for what follows."""
+    insecure = click.option(
+        "--insecure",
+        is_flag=True,
+        expose_value=False,
+        callback=_set_insecure,
+        help="Send the token in plain text (atoll://) to other machines, too  [default: ATOLL_INSECURE]",
+    )
+    return ca_option(insecure(function))
+
+
+def ca_option(function: F) -> F:
+    """Add ``--tls-ca``."""
+    help_text = "Authorities to believe besides the system's, in PEM  [default: ATOLL_TLS_CA]"
+    return click.option("--tls-ca", metavar="FILE", expose_value=False, callback=_set_ca, help=help_text)(function)
+
+
+def _set_ca(_: click.Context, __: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        from client.meta.encryption import CA_VARIABLE
+
+        # Absolute: a mount leaves the working directory.
+        os.environ[CA_VARIABLE] = os.path.abspath(value)
+
+
+def _set_insecure(_: click.Context, __: click.Parameter, value: Any) -> None:
+    if value:
+        from client.meta.encryption import INSECURE_VARIABLE
+
+        os.environ[INSECURE_VARIABLE] = "1"
 
 
 def json_option(function: F) -> F:

@@ -10,18 +10,22 @@ import asyncio
 import os
 import signal
 import socket
+from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from client.cli.options import SIZE, backup_options, backup_policy
+from client.cli.options import SIZE, backup_options, backup_policy, ca_option
 from client.cli.output import say
-from metasvc.api.server import Server, parse_server
+from metasvc.api.server import Server, is_loopback, parse_server
 
 if TYPE_CHECKING:
+    from client.meta.encryption import Trust
     from metasvc.jobs.backups import BackupPolicy
+    from metasvc.server.certificate import Certificate
+    from metasvc.server.keys import MasterKeys
     from metasvc.server.tokens import Tokens
 
 GRACE_S: Final = 2.0
@@ -52,7 +56,18 @@ _CONTAINER_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
     is_flag=True,
     help="Print another admin token for a store that is prepared, and exit.",
 )
+@click.option("--tls-cert", metavar="FILE", help="The certificate with its chain, in PEM: answer by TLS only.")
+@click.option("--tls-key", metavar="FILE", help="Its key, in PEM.")
+@ca_option
 @click.option("--insecure", is_flag=True, help="Answer without encryption to other machines, too.")
+@click.option(
+    "--master-key-file",
+    metavar="FILE",
+    help="32 bytes in base64, one key a line: the first encrypts keys of buckets, all decrypt  [default: ATOLL_MASTER_KEY]",
+)
+@click.option(
+    "--rotate-keys", "is_rotating", is_flag=True, help="Encrypt all keys of buckets by the first one, and exit."
+)
 @click.option("--metrics", metavar="HOST:PORT", help="Where to answer /metrics for Prometheus.  [nowhere]")
 @click.option("--memory", "memory_bytes", type=SIZE, help="For rows of all volumes.  [1 GiB, or 1/8 of the machine's]")
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="For compaction.  [/var/cache/atoll/serve]")
@@ -65,7 +80,11 @@ def command(
     advertise: str | None,
     is_init: bool,
     is_new_token: bool,
+    tls_cert: str | None,
+    tls_key: str | None,
     insecure: bool,
+    master_key_file: str | None,
+    is_rotating: bool,
     metrics: str | None,
     memory_bytes: int | None,
     cache_dir: Path | None,
@@ -76,12 +95,19 @@ def command(
     """Serve the volumes of a store at HOST:PORT until SIGTERM, and do their background work. Logs go to stderr.
 
     Several processes on one store share its volumes, and take over those of one that ends. The keys of the volumes' buckets
-    come from the environment, as for a mount.
+    are kept in the store, under the master key; for volumes without they come from the environment, as for a mount.
     """
     import uvloop
 
     if is_init or is_new_token:
         click.echo(asyncio.run(_admin_token(store_url, create=is_init)))
+        return
+    from metasvc.server.keys import MasterKeys
+
+    master = MasterKeys.find(master_key_file, env=os.environ)
+    if is_rotating:
+        count = asyncio.run(_rotate_keys(store_url, master))
+        click.echo(f"the keys of {count} volumes are under the first master key now")
         return
     if listen is None:
         raise click.UsageError("--listen is missing: give HOST:PORT, for example 127.0.0.1:9410")
@@ -97,14 +123,20 @@ def command(
     if memory_bytes is not None and memory_bytes < _LEAST_MEMORY_BYTES:
         raise click.UsageError("--memory is too little: give at least 1MiB")
     policy = backup_policy(backup, backup_window)
-    from metasvc.server.service import is_loopback
     from metasvc.store.open import without_password
 
-    if not is_loopback(host) and not insecure:
+    if (tls_cert is None) != (tls_key is None):
+        raise click.UsageError("--tls-cert and --tls-key go together: give both")
+    if tls_cert is None and not is_loopback(host) and not insecure:
         raise click.UsageError(
-            f"{host} can be reached by other machines and the service does not encrypt yet: "
-            "give --insecure if the network is trusted, or an address of loopback"
+            f"{host} can be reached by other machines: give --tls-cert and --tls-key, or --insecure if the network is "
+            "trusted, or an address of loopback"
         )
+    certificate = None
+    if tls_cert is not None and tls_key is not None:
+        from metasvc.server.certificate import Certificate
+
+        certificate = Certificate(os.path.abspath(tls_cert), os.path.abspath(tls_key))
     from client import logs
     from client.daemon import raise_limits
 
@@ -118,6 +150,9 @@ def command(
                 store_url,
                 listen,
                 advertise=advertise,
+                certificate=certificate,
+                master=master,
+                is_plain_allowed=insecure,
                 metrics=metrics,
                 memory_bytes=_memory_bytes() if memory_bytes is None else memory_bytes,
                 cache_dir=cache_dir,
@@ -138,20 +173,36 @@ async def _admin_token(store_url: str, *, create: bool) -> str:
         await store.close()
 
 
+async def _rotate_keys(store_url: str, master: MasterKeys | None) -> int:
+    from metasvc.server.keys import BucketKeys
+    from metasvc.store.open import open_store
+
+    store = await open_store(store_url)
+    try:
+        return await BucketKeys(store, master).rotate()
+    finally:
+        await store.close()
+
+
 async def _serve(
     store_url: str,
     listen: str,
     *,
     advertise: str | None,
+    certificate: Certificate | None,
+    master: MasterKeys | None,
+    is_plain_allowed: bool,
     metrics: str | None,
     memory_bytes: int,
     cache_dir: Path | None,
     backup: BackupPolicy | None,
     log: Any,
 ) -> None:
+    from client.meta.encryption import trust_of
     from client.metrics_server import metrics_server
     from client.volume import default_cache_dir
     from metasvc.jobs.served import ServedJobs
+    from metasvc.server.keys import BucketKeys
     from metasvc.server.service import Service
     from metasvc.server.tokens import Tokens
     from metasvc.server.volumes import Volumes
@@ -163,6 +214,8 @@ async def _serve(
     store = await open_store(store_url)
     try:
         tokens = await Tokens.load(store)
+        keys = BucketKeys(store, master)
+        await keys.check()
         jobs = ServedJobs(
             cache_dir=cache_dir or default_cache_dir(os.environ) / "serve", env=os.environ, log=log, backup=backup
         )
@@ -171,17 +224,21 @@ async def _serve(
             memory_bytes=memory_bytes,
             objects_url=_objects_url(store_url),
             work=jobs.run,
+            keys=keys,
         )
         service = Service(volumes, tokens)
         async with AsyncExitStack() as stack:
             if metrics is not None:
                 stack.enter_context(metrics_server(metrics, volumes.metrics.text))
             stack.push_async_callback(volumes.close)
-            server = Server(listen.rpartition(":")[0], await service.start(listen))
+            server = Server(listen.rpartition(":")[0], await service.start(listen, certificate=certificate))
             stack.push_async_callback(service.stop, grace_s=GRACE_S)
             known_as = parse_server(advertise or "") or _reachable(server)
             volumes.serve_as(known_as)
-            others = _Others(tokens, known_as)
+            if certificate is not None:
+                stack.callback(_watch(certificate))
+            trust = trust_of(os.environ) if certificate is not None else None
+            others = _Others(tokens, known_as, trust, is_plain_allowed=is_plain_allowed)
             keeping = asyncio.create_task(volumes.keep_open(others.ask_for_some), name="volumes that nobody owns")
             stack.callback(keeping.cancel)
             watching = asyncio.create_task(service.watch_tokens(), name="tokens that were revoked")
@@ -198,9 +255,12 @@ async def _serve(
 class _Others:
     """The other processes of the service, as far as this one asks them something."""
 
-    def __init__(self, tokens: Tokens, server: Server) -> None:
+    def __init__(self, tokens: Tokens, server: Server, trust: Trust | None, *, is_plain_allowed: bool) -> None:
+        """They answer as this one does: by TLS, or all in plain text."""
         self._tokens = tokens
         self._server = server
+        self._trust = trust
+        self._is_plain_allowed = is_plain_allowed
 
     async def ask_for_some(self, other: Server, owned: int) -> list[str]:
         """Ask a process to give up volumes for this one, which owns so many; their names. ServiceUnavailable."""
@@ -210,10 +270,18 @@ class _Others:
         request = pb.HandOverRequest(server=str(self._server), owned=owned).SerializeToString()
         try:
             async with asyncio.timeout(_HAND_OVER_S):
-                data = await Endpoint([other], self._tokens.for_this_process()).ask(pb.Opening.HAND_OVER, request)
+                token = self._tokens.for_this_process()
+                endpoint = Endpoint([other], token, trust=self._trust, is_plain_allowed=self._is_plain_allowed)
+                data = await endpoint.ask(pb.Opening.HAND_OVER, request)
         except TimeoutError as error:
             raise ServiceUnavailable(f"the process at {other} hands over nothing for {_HAND_OVER_S:.0f} s") from error
         return list(pb.HandOverReply.FromString(data).volumes)
+
+
+def _watch(certificate: Certificate) -> Callable[[], object]:
+    """Have the certificate read again when its files are replaced, and on SIGHUP; how to end that."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: certificate.look(is_asked=True))
+    return asyncio.create_task(certificate.watch(), name="certificate").cancel
 
 
 def _reachable(server: Server) -> Server:

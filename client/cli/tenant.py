@@ -109,8 +109,8 @@ def tenant_at(address: str) -> ServicePlace:
 
 def managing(place: ServicePlace, token_file: str | None) -> RemoteManaging:
     """Return what is asked at a service."""
-    from client.meta.endpoint import Endpoint
+    from client.meta.encryption import endpoint_at
     from client.meta.managing import RemoteManaging
     from client.volume import read_token
 
-    return RemoteManaging(Endpoint(place.servers, read_token(token_file, env=os.environ)))
+    return RemoteManaging(endpoint_at(place, read_token(token_file, env=os.environ), env=os.environ))

@@ -41,7 +41,7 @@ from typing import Any, Final
 
 from chunkstore.errors import AtollError
 from chunkstore.geometry import MAX_FILE_BYTES
-from client.meta.endpoint import AccessRefused, Endpoint, ServiceRefused, ServiceUnavailable, SessionEnded
+from client.meta.endpoint import AccessRefused, Endpoint, ServiceRefused, ServiceUnavailable, SessionEnded, Untrusted
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api import wire
 from metasvc.api.frames import ConnectionLost, EndedByService, Frames, NotOurs, Stalled
@@ -416,6 +416,9 @@ class SessionConnection:
                     self._endpoint.failed()
                 except AtollError as told:
                     error = told
+                    if isinstance(told, Untrusted) and self._opened.done():
+                        # Certificates are replaced in time, and somebody else may have the port meanwhile.
+                        error = ServiceUnavailable(told.message)
                     self._endpoint.failed()
                 except Exception as unexpected:
                     log.exception("the session at %s failed unexpectedly", self._endpoint, exc_info=unexpected)

@@ -7,21 +7,28 @@ A service may have several processes. Each volume is owned by one of them at a t
 knows some from its address. It goes where it was sent last, else to the one that it asked last, and to the next one
 when a process cannot be reached or wants nobody now: it may be ending, or be gone while the store still calls it the
 owner. Who is sent to and fro waits between (`sent_on`).
+
+The token is sent only over TLS, to a host whose certificate names it, or to this machine, unless plain text was allowed. Where
+a service sends a client does not change that: who came by TLS goes on by TLS.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import ssl
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from chunkstore.errors import AtollError
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api.frames import MAX_REPLY_BYTES, ConnectionLost, EndedByService, Frames, NotOurs, Stalled
-from metasvc.api.server import Server, owner_of
+from metasvc.api.server import Server, is_loopback, owner_of
 from metasvc.errors import FsError, VolumeExists, VolumeMissing
+
+if TYPE_CHECKING:
+    from client.meta.encryption import Trust
 
 CONNECT_S: Final = 10.0
 """How long a connection may take to come about."""
@@ -53,6 +60,13 @@ class ServiceRefused(AtollError):
     errno = errno.EPROTO
 
 
+class Untrusted(ServiceRefused):
+    """Say why nothing was sent to the service: it may be somebody else, or others could listen."""
+
+    code = "untrusted"
+    errno = errno.EACCES
+
+
 class SessionEnded(AtollError):
     """Say that the session has ended, so that what it had not committed cannot be committed any more."""
 
@@ -63,9 +77,23 @@ class SessionEnded(AtollError):
 class Endpoint:
     """The processes of a service, and who asks them. For one volume, or for none."""
 
-    def __init__(self, servers: Sequence[Server], token: str, *, reread: Callable[[], str] | None = None) -> None:
-        """Take at least one process. ``reread`` returns the token as its file has it now: platforms replace tokens in time."""
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        token: str,
+        *,
+        reread: Callable[[], str] | None = None,
+        trust: Trust | None = None,
+        is_plain_allowed: bool = False,
+    ) -> None:
+        """Take at least one process. ``reread`` returns the token as its file has it now: platforms replace tokens in time.
+
+        ``trust``: connect by TLS, and to whom these authorities have certified; else in plain text, to this machine or, if
+        ``is_plain_allowed``, anywhere.
+        """
         self.token = token
+        self._trust = trust
+        self._is_plain_allowed = is_plain_allowed
         self._reread = reread
         self._servers = tuple(servers)
         self._owner: Server | None = None
@@ -79,6 +107,12 @@ class Endpoint:
     def __str__(self) -> str:
         """Return the process that was asked last, as it stands in messages."""
         return str(self._asked)
+
+    @property
+    def is_private(self) -> bool:
+        """Return whether nobody else can read what is sent, whichever process is asked."""
+        named = self._servers if self._owner is None else (*self._servers, self._owner)
+        return self._trust is not None or all(is_loopback(server.host) for server in named)
 
     def take_new_token(self) -> bool:
         """Read the token again; whether it is another one."""
@@ -120,11 +154,27 @@ class Endpoint:
 
     async def _connect(self, server: Server, timeout_s: float) -> Frames:
         loop = asyncio.get_running_loop()
+        host = server.host.strip("[]")
+        if self._trust is None and not self._is_plain_allowed and not is_loopback(host):
+            raise Untrusted(
+                f"atoll:// would send the token to {server} in plain text: write atolls://, or give --insecure "
+                "(ATOLL_INSECURE=1) if the network is trusted"
+            )
+        context = None if self._trust is None else self._trust.context()
         try:
             async with asyncio.timeout(timeout_s):
                 _, frames = await loop.create_connection(
-                    lambda: Frames(max_bytes=MAX_REPLY_BYTES, is_client=True), server.host.strip("[]"), server.port
+                    lambda: Frames(max_bytes=MAX_REPLY_BYTES, is_client=True), host, server.port, ssl=context
                 )
+        except ssl.SSLCertVerificationError as error:
+            raise Untrusted(
+                f"the certificate of the service at {server} is not accepted ({error.verify_message}): check the address, "
+                "or name its authority with --tls-ca or ATOLL_TLS_CA"
+            ) from error
+        except ssl.SSLError as error:
+            raise Untrusted(
+                f"no TLS with the service at {server} ({error.reason or 'it broke off'}): write atoll:// if it has none"
+            ) from error
         except TimeoutError as error:
             raise ServiceUnavailable(f"the service at {server} does not answer") from error
         except (OSError, UnicodeError, OverflowError) as error:

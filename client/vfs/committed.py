@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from typing import Final
 
 from chunkstore.geometry import CHUNK_BYTES, MAX_FILE_BYTES, SliceId
+from chunkstore.model import Place
 from chunkstore.slices import SliceInfo
 from client.vfs import overlay
 from client.vfs.overlay import Layer
-from metasvc.model import MAP_PAGE_CHUNKS, FileMap, Slice, SliceKind, WrittenSlice
+from metasvc.model import MAP_PAGE_CHUNKS, FileMap, Ino, Slice, SliceKind, SliceRef, WrittenSlice
 
 PAGE_BYTES: Final = MAP_PAGE_CHUNKS * CHUNK_BYTES
 # Slices that nothing names any more are dropped from `sources` when they are more than this and most of it.
@@ -25,20 +26,30 @@ Source = bytes | SliceInfo
 """Where the bytes of a slice are: here (inline), or in the chunk store."""
 
 
-def source_of(row: Slice | WrittenSlice) -> Source:
-    """Return where the bytes of a slice are."""
+def source_of(row: Slice | WrittenSlice, place: Place) -> Source:
+    """Return where the bytes of a slice are, that is used at a place."""
     if row.kind == SliceKind.INLINE:
         return row.data
-    return SliceInfo(row.slice_id, row.length, row.data)
+    return SliceInfo(row.slice_id, row.length, row.data, place)
+
+
+def places_of(refs: Sequence[SliceRef], ino: Ino) -> dict[SliceId, Place]:
+    """Return where slices are used in a file: of those that are used several times, where first."""
+    found: dict[SliceId, Place] = {}
+    for offset, slice_id, skip, _ in refs:
+        if slice_id not in found:
+            found[slice_id] = Place(ino, offset - skip)
+    return found
 
 
 class CommittedMap:
     """What is committed of one file, for the parts that were loaded."""
 
-    __slots__ = ("_pages", "known_from", "refs", "sources", "version")
+    __slots__ = ("_ino", "_pages", "known_from", "refs", "sources", "version")
 
-    def __init__(self, first: FileMap) -> None:
+    def __init__(self, first: FileMap, ino: Ino) -> None:
         """Begin with the map that open brought."""
+        self._ino = ino
         self.refs: Layer = []
         self.sources: dict[SliceId, Source] = {}
         self.version = -1
@@ -71,8 +82,9 @@ class CommittedMap:
             overlay.overlay_all(self.refs, loaded.refs)
         else:
             self.refs.append(loaded.refs[0])
+        places = places_of(loaded.refs, self._ino)
         for slice_id, row in loaded.slices.items():
-            self.sources[slice_id] = source_of(row)
+            self.sources[slice_id] = source_of(row, places.get(slice_id) or Place(self._ino, 0))
         if loaded.end >= MAX_FILE_BYTES:
             self.known_from = min(self.known_from, loaded.start)
         else:
@@ -96,7 +108,7 @@ class CommittedMap:
         for slice_ in written:
             if not slice_.refs:
                 continue
-            self.sources[slice_.slice_id] = source_of(slice_)
+            self.sources[slice_.slice_id] = source_of(slice_, places_of(slice_.refs, self._ino)[slice_.slice_id])
             for ref in slice_.refs:
                 if self.known_from == 0:
                     overlay.overlay(self.refs, ref)

@@ -38,9 +38,10 @@ from typing import Final, NamedTuple
 from chunkstore.background import TaskSet
 from chunkstore.errors import AtollError
 from chunkstore.geometry import KIB, MIB, SliceId
+from chunkstore.model import Place
 from chunkstore.slices import ChunkStore, SliceInfo
 from client.vfs.clock import Clock
-from client.vfs.committed import source_of
+from client.vfs.committed import places_of, source_of
 from client.vfs.metrics import VfsMetrics
 from client.vfs.writing import Writing
 from metasvc.api import MetaClient
@@ -361,8 +362,8 @@ class Neighbours:
 
     async def _fetch(self, inos: Sequence[Ino]) -> bool:
         """Fetch files, some at once; False where there is no room for more."""
-        for found in (await self._meta.read_maps(inos)).values():
-            for info, start, end in _pieces(found):
+        for ino, found in (await self._meta.read_maps(inos)).items():
+            for info, start, end in _pieces(found, ino):
                 if self._is_there(info, end - start):
                     continue
                 await self._slots.acquire()
@@ -419,15 +420,16 @@ def _is_pack(info: SliceInfo, wanted_bytes: int) -> bool:
     return wanted_bytes < info.length <= PACK_BYTES
 
 
-def _pieces(found: FileMap) -> list[tuple[SliceInfo, int, int]]:
+def _pieces(found: FileMap, ino: Ino) -> list[tuple[SliceInfo, int, int]]:
     """Return what of which slices in the bucket a file is made of, each slice once."""
     if len(found.refs) == 1:
-        _, slice_id, skip, length = found.refs[0]
-        source = source_of(found.slices[slice_id])
+        offset, slice_id, skip, length = found.refs[0]
+        source = source_of(found.slices[slice_id], Place(ino, offset - skip))
         return [(source, skip, skip + length)] if isinstance(source, SliceInfo) else []
     spans: dict[SliceId, tuple[int, int]] = {}
     for _, slice_id, skip, length in found.refs:
         start, end = spans.get(slice_id, (skip, skip + length))
         spans[slice_id] = min(start, skip), max(end, skip + length)
-    sources = ((source_of(found.slices[slice_id]), span) for slice_id, span in spans.items())
+    places = places_of(found.refs, ino)
+    sources = ((source_of(found.slices[slice_id], places[slice_id]), span) for slice_id, span in spans.items())
     return [(source, *span) for source, span in sources if isinstance(source, SliceInfo)]

@@ -191,7 +191,7 @@ class Writing:
         self._with = around
         self.inode = opened.inode
         """The inode by the last answer that this object saw; chmod and the like pass it by."""
-        self.committed = CommittedMap(opened.map)
+        self.committed = CommittedMap(opened.map, opened.inode.ino)
         self.pending: list[PendingSlice] = []
         self.sources: dict[SliceId, PendingSlice] = {}
         """The pending slices by id."""

@@ -41,6 +41,7 @@ class Opening(_message.Message):
       DUMP           DumpRequest, answered by every DumpPart as it is made.
       LOAD           LoadRequest, then LoadData until one says that it is the end; answered by LoadState after each commit, the
                      last one with the format of the volume, which nobody can open before.
+      KEYS           KeysRequest, answered by KeysReply: the keys of a volume's bucket. Refused where others could listen.
       MANAGE         ManageRequest, answered by ManageReply: tenants, tokens, and the end of volumes.
     """
 
@@ -61,6 +62,7 @@ class Opening(_message.Message):
         LOAD: Opening._Method.ValueType  # 6
         HAND_OVER: Opening._Method.ValueType  # 7
         MANAGE: Opening._Method.ValueType  # 8
+        KEYS: Opening._Method.ValueType  # 16
 
     class Method(_Method, metaclass=_MethodEnumTypeWrapper): ...
     SESSION: Opening.Method.ValueType  # 0
@@ -72,6 +74,7 @@ class Opening(_message.Message):
     LOAD: Opening.Method.ValueType  # 6
     HAND_OVER: Opening.Method.ValueType  # 7
     MANAGE: Opening.Method.ValueType  # 8
+    KEYS: Opening.Method.ValueType  # 16
 
     METHOD_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
@@ -417,6 +420,10 @@ class Request(_message.Message):
     COPY_RANGE_FIELD_NUMBER: _builtins.int
     READ_MAPS_FIELD_NUMBER: _builtins.int
     EXTEND_LEASES_FIELD_NUMBER: _builtins.int
+    BLOCK_ACCESS_FIELD_NUMBER: _builtins.int
+    SIGN_GET_FIELD_NUMBER: _builtins.int
+    SIGN_OWN_FIELD_NUMBER: _builtins.int
+    SIGN_PUT_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """1, 2, 3 … in a session. Repeated on a new connection it is the same request again, and is applied once."""
     @_builtins.property
@@ -475,6 +482,16 @@ class Request(_message.Message):
     def read_maps(self) -> Global___ReadMaps: ...
     @_builtins.property
     def extend_leases(self) -> Global___ExtendLeases: ...
+    @_builtins.property
+    def block_access(self) -> Global___Nothing:
+        """Whether URLs are signed: the reply's `urls` has only `life_s`, 0 where the client needs keys of its own."""
+
+    @_builtins.property
+    def sign_get(self) -> Global___SignGet: ...
+    @_builtins.property
+    def sign_own(self) -> Global___SignOwn: ...
+    @_builtins.property
+    def sign_put(self) -> Global___SignPut: ...
     def __init__(
         self,
         *,
@@ -507,12 +524,16 @@ class Request(_message.Message):
         copy_range: Global___CopyRange | None = ...,
         read_maps: Global___ReadMaps | None = ...,
         extend_leases: Global___ExtendLeases | None = ...,
+        block_access: Global___Nothing | None = ...,
+        sign_get: Global___SignGet | None = ...,
+        sign_own: Global___SignOwn | None = ...,
+        sign_put: Global___SignPut | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["allocate_slices", b"allocate_slices", "commit", b"commit", "copy_range", b"copy_range", "create", b"create", "extend_leases", b"extend_leases", "getattr", b"getattr", "getxattr", b"getxattr", "link", b"link", "listxattr", b"listxattr", "lookup", b"lookup", "mknod", b"mknod", "open", b"open", "operation", b"operation", "punch", b"punch", "read_map", b"read_map", "read_maps", b"read_maps", "readdir", b"readdir", "readlink", b"readlink", "release", b"release", "removexattr", b"removexattr", "rename", b"rename", "reserve", b"reserve", "resolve", b"resolve", "rmdir", b"rmdir", "setattr", b"setattr", "setxattr", b"setxattr", "statfs", b"statfs", "symlink", b"symlink", "unlink", b"unlink"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allocate_slices", b"allocate_slices", "block_access", b"block_access", "commit", b"commit", "copy_range", b"copy_range", "create", b"create", "extend_leases", b"extend_leases", "getattr", b"getattr", "getxattr", b"getxattr", "link", b"link", "listxattr", b"listxattr", "lookup", b"lookup", "mknod", b"mknod", "open", b"open", "operation", b"operation", "punch", b"punch", "read_map", b"read_map", "read_maps", b"read_maps", "readdir", b"readdir", "readlink", b"readlink", "release", b"release", "removexattr", b"removexattr", "rename", b"rename", "reserve", b"reserve", "resolve", b"resolve", "rmdir", b"rmdir", "setattr", b"setattr", "setxattr", b"setxattr", "sign_get", b"sign_get", "sign_own", b"sign_own", "sign_put", b"sign_put", "statfs", b"statfs", "symlink", b"symlink", "unlink", b"unlink"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate_slices", b"allocate_slices", "commit", b"commit", "copy_range", b"copy_range", "create", b"create", "extend_leases", b"extend_leases", "getattr", b"getattr", "getxattr", b"getxattr", "link", b"link", "listxattr", b"listxattr", "lookup", b"lookup", "mknod", b"mknod", "number", b"number", "open", b"open", "operation", b"operation", "punch", b"punch", "read_map", b"read_map", "read_maps", b"read_maps", "readdir", b"readdir", "readlink", b"readlink", "release", b"release", "removexattr", b"removexattr", "rename", b"rename", "reserve", b"reserve", "resolve", b"resolve", "rmdir", b"rmdir", "setattr", b"setattr", "setxattr", b"setxattr", "statfs", b"statfs", "symlink", b"symlink", "unlink", b"unlink"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate_slices", b"allocate_slices", "block_access", b"block_access", "commit", b"commit", "copy_range", b"copy_range", "create", b"create", "extend_leases", b"extend_leases", "getattr", b"getattr", "getxattr", b"getxattr", "link", b"link", "listxattr", b"listxattr", "lookup", b"lookup", "mknod", b"mknod", "number", b"number", "open", b"open", "operation", b"operation", "punch", b"punch", "read_map", b"read_map", "read_maps", b"read_maps", "readdir", b"readdir", "readlink", b"readlink", "release", b"release", "removexattr", b"removexattr", "rename", b"rename", "reserve", b"reserve", "resolve", b"resolve", "rmdir", b"rmdir", "setattr", b"setattr", "setxattr", b"setxattr", "sign_get", b"sign_get", "sign_own", b"sign_own", "sign_put", b"sign_put", "statfs", b"statfs", "symlink", b"symlink", "unlink", b"unlink"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["lookup", "resolve", "getattr", "readdir", "mknod", "symlink", "readlink", "link", "unlink", "rmdir", "rename", "setattr", "getxattr", "listxattr", "setxattr", "removexattr", "statfs", "open", "create", "release", "read_map", "allocate_slices", "reserve", "commit", "punch", "copy_range", "read_maps", "extend_leases"]  # noqa: Y015
+    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["lookup", "resolve", "getattr", "readdir", "mknod", "symlink", "readlink", "link", "unlink", "rmdir", "rename", "setattr", "getxattr", "listxattr", "setxattr", "removexattr", "statfs", "open", "create", "release", "read_map", "allocate_slices", "reserve", "commit", "punch", "copy_range", "read_maps", "extend_leases", "block_access", "sign_get", "sign_own", "sign_put"]  # noqa: Y015
     _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_operation) -> _WhichOneofReturnType_operation | None: ...
 
@@ -1194,6 +1215,94 @@ class AllocateSlices(_message.Message):
 Global___AllocateSlices: _TypeAlias = AllocateSlices  # noqa: Y015
 
 @_typing.final
+class SignGet(_message.Message):
+    """Sign URLs that read blocks of a slice. ENOENT unless the file has the first of them; of the others "" for what it has not."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INO_FIELD_NUMBER: _builtins.int
+    SLICE_ID_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    ino: _builtins.int
+    slice_id: _builtins.int
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def chunks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """In whose pieces of the map they are, most likely."""
+
+    def __init__(
+        self,
+        *,
+        ino: _builtins.int = ...,
+        slice_id: _builtins.int = ...,
+        blocks: _abc.Iterable[_builtins.int] | None = ...,
+        chunks: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "chunks", b"chunks", "ino", b"ino", "slice_id", b"slice_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignGet: _TypeAlias = SignGet  # noqa: Y015
+
+@_typing.final
+class SignOwn(_message.Message):
+    """The same for a slice whose id was handed out to this session. ESTALE if it was not, or is retired."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLICE_ID_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    slice_id: _builtins.int
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        slice_id: _builtins.int = ...,
+        blocks: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "slice_id", b"slice_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignOwn: _TypeAlias = SignOwn  # noqa: Y015
+
+@_typing.final
+class SignPut(_message.Message):
+    """Sign URLs that put blocks of such a slice, with the SHA-256 of what is put."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLICE_ID_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    slice_id: _builtins.int
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def sha256(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        slice_id: _builtins.int = ...,
+        blocks: _abc.Iterable[_builtins.int] | None = ...,
+        sha256: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "sha256", b"sha256", "slice_id", b"slice_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignPut: _TypeAlias = SignPut  # noqa: Y015
+
+@_typing.final
 class Reserve(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1340,6 +1449,7 @@ class Reply(_message.Message):
     DIRECTORIES_FIELD_NUMBER: _builtins.int
     MAPS_FIELD_NUMBER: _builtins.int
     LEASED_FIELD_NUMBER: _builtins.int
+    URLS_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     end: _builtins.bool
     value: _builtins.bytes
@@ -1377,6 +1487,8 @@ class Reply(_message.Message):
     def leased(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Of the directories that the request named, changed or made: those on which the session has the lease."""
 
+    @_builtins.property
+    def urls(self) -> Global___BlockUrls: ...
     def __init__(
         self,
         *,
@@ -1396,14 +1508,87 @@ class Reply(_message.Message):
         directories: Global___Inodes | None = ...,
         maps: _abc.Iterable[Global___MapOfFile] | None = ...,
         leased: _abc.Iterable[_builtins.int] | None = ...,
+        urls: Global___BlockUrls | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["directories", b"directories", "failure", b"failure", "inodes", b"inodes", "map", b"map", "statfs", b"statfs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["directories", b"directories", "failure", b"failure", "inodes", b"inodes", "map", b"map", "statfs", b"statfs", "urls", b"urls"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "directories", b"directories", "end", b"end", "failure", b"failure", "first", b"first", "inodes", b"inodes", "is_new", b"is_new", "leased", b"leased", "map", b"map", "maps", b"maps", "names", b"names", "number", b"number", "opens", b"opens", "promised_end", b"promised_end", "statfs", b"statfs", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "directories", b"directories", "end", b"end", "failure", b"failure", "first", b"first", "inodes", b"inodes", "is_new", b"is_new", "leased", b"leased", "map", b"map", "maps", b"maps", "names", b"names", "number", b"number", "opens", b"opens", "promised_end", b"promised_end", "statfs", b"statfs", "urls", b"urls", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Reply: _TypeAlias = Reply  # noqa: Y015
+
+@_typing.final
+class BlockUrls(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URLS_FIELD_NUMBER: _builtins.int
+    LIFE_S_FIELD_NUMBER: _builtins.int
+    HEADERS_FIELD_NUMBER: _builtins.int
+    life_s: _builtins.float
+    """So long they are good, from before the request was sent."""
+    @_builtins.property
+    def urls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """In order of the blocks."""
+
+    @_builtins.property
+    def headers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Headers]:
+        """Of those that put: what must be sent with the bytes."""
+
+    def __init__(
+        self,
+        *,
+        urls: _abc.Iterable[_builtins.str] | None = ...,
+        life_s: _builtins.float = ...,
+        headers: _abc.Iterable[Global___Headers] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["headers", b"headers", "life_s", b"life_s", "urls", b"urls"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockUrls: _TypeAlias = BlockUrls  # noqa: Y015
+
+@_typing.final
+class Headers(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ValuesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def values(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        values: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Headers: _TypeAlias = Headers  # noqa: Y015
 
 @_typing.final
 class MapOfFile(_message.Message):
@@ -2563,6 +2748,104 @@ class ListVolumesReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListVolumesReply: _TypeAlias = ListVolumesReply  # noqa: Y015
+
+@_typing.final
+class KeysRequest(_message.Message):
+    """---- keys of buckets ----"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOOK_FIELD_NUMBER: _builtins.int
+    PUT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def look(self) -> Global___Nothing:
+        """What is kept; the volume need not exist."""
+
+    @_builtins.property
+    def put(self) -> Global___BucketKeys:
+        """Keep these, in place of those of before."""
+
+    def __init__(
+        self,
+        *,
+        look: Global___Nothing | None = ...,
+        put: Global___BucketKeys | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["look", b"look", "operation", b"operation", "put", b"put"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["look", b"look", "operation", b"operation", "put", b"put"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["look", "put"]  # noqa: Y015
+    _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_operation) -> _WhichOneofReturnType_operation | None: ...
+
+Global___KeysRequest: _TypeAlias = KeysRequest  # noqa: Y015
+
+@_typing.final
+class BucketKeys(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class VariablesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    VARIABLES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def variables(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """As variables of an environment: metasvc/api/bucket_keys.py has their names."""
+
+    def __init__(
+        self,
+        *,
+        variables: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["variables", b"variables"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BucketKeys: _TypeAlias = BucketKeys  # noqa: Y015
+
+@_typing.final
+class KeysReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FAILURE_FIELD_NUMBER: _builtins.int
+    HAS_MASTER_FIELD_NUMBER: _builtins.int
+    has_master: _builtins.bool
+    """The service can keep keys."""
+    @_builtins.property
+    def failure(self) -> Global___Failure: ...
+    def __init__(
+        self,
+        *,
+        failure: Global___Failure | None = ...,
+        has_master: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "has_master", b"has_master"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeysReply: _TypeAlias = KeysReply  # noqa: Y015
 
 @_typing.final
 class ManageRequest(_message.Message):

@@ -31,6 +31,7 @@ from google.protobuf.message import DecodeError
 
 from chunkstore.errors import AtollError
 from metasvc.api import atoll_pb2 as pb
+from metasvc.api.server import is_loopback
 
 MAGIC: Final = b"atollfs\x01"
 MAX_OPENING_BYTES: Final = 64 * 1024
@@ -43,6 +44,8 @@ STALLED_S: Final = 30.0
 _HIGH_BYTES: Final = 1024 * 1024
 _HEADER: Final = struct.Struct("<I")
 _ENDED: Final = 1 << 31
+_TLS_HELLO: Final = b"\x16\x03"
+_TLS_ALERT: Final = b"\x15\x03"
 
 
 class ConnectionLost(AtollError):
@@ -107,6 +110,15 @@ class Frames(asyncio.Protocol):
         self._reader: asyncio.Future[None] | None = None
         self._deliver: Callable[[bytes], object] | None = None
         self._stalled: asyncio.TimerHandle | None = None
+
+    @property
+    def is_private(self) -> bool:
+        """Return whether nobody else can read what passes: by TLS, or within this machine. Of a connection that stands."""
+        assert self._transport is not None
+        if self._transport.get_extra_info("ssl_object") is not None:
+            return True
+        name: Any = self._transport.get_extra_info("peername")
+        return bool(name) and is_loopback(name[0])
 
     # -- sending ----------------------------------------------------------------------------------------------------------
 
@@ -330,6 +342,8 @@ def _keep_alive(connection: socket.socket) -> None:
 def _no_magic(found: bytes) -> str:
     if found[:-1] == MAGIC[:-1]:
         return f"wire version {found[-1]}, this side speaks {MAGIC[-1]}: upgrade the older one"
+    if found[:2] in (_TLS_HELLO, _TLS_ALERT):
+        return "TLS, where plain text was expected: the address is atolls:// where the service has a certificate, else atoll://"
     return "no message of AtollFS"
 
 

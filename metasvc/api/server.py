@@ -6,10 +6,11 @@ who asked the wrong process. Must not know connections.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import Final, NamedTuple
 
-__all__ = ["OWNER_SCHEME", "Server", "owner_of", "owner_text", "parse_server", "parse_servers"]
+__all__ = ["OWNER_SCHEME", "Server", "is_loopback", "owner_of", "owner_text", "parse_server", "parse_servers"]
 
 OWNER_SCHEME: Final = "atoll://"
 """The owner's address in a store begins so where clients can be sent there."""
@@ -41,6 +42,14 @@ def parse_servers(text: str) -> tuple[Server, ...] | None:
     found = [parse_server(part) for part in text.split(",")]
     servers = tuple(dict.fromkeys(server for server in found if server is not None))
     return servers if None not in found else None
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host names this machine only."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def owner_text(server: Server) -> str:

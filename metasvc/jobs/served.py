@@ -1,7 +1,8 @@
 """The jobs of a volume that a service has open: its bucket and, while any of them writes, a session and a chunk store.
 
-Owns opening these when they are first needed and closing them. The keys of the bucket come from the environment of the
-service. A job that finds no keys says so in the log, and asks again later.
+Owns opening these when they are first needed and closing them. The keys of the bucket are those that the service keeps for
+the volume, else those of its environment; when they are replaced, whatever opens the bucket next has the new ones. A job that
+finds no keys says so in the log, and asks again later.
 
 Jobs that write at the same time share session and chunk store (`_Writing`), as those of a mount share the mount's: a cache
 directory is one chunk store's at a time, and a job with hours of work must not keep the others from theirs.
@@ -12,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,6 +30,7 @@ from metasvc.jobs.backups.keeping import AT_ONCE
 from metasvc.jobs.collecting import delete_objects
 from metasvc.jobs.schedule import JobRates, Jobs
 from metasvc.model import Garbage
+from metasvc.server.access import URL_LIFE_S
 
 if TYPE_CHECKING:
     from chunkstore.buckets.retry import RetryingStore
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 
 GARBAGE_AGE_S: Final = 60.0
 """Sessions elsewhere may have the map of before for so long without asking; whoever is later meets a missing object, and reads
-the map again."""
+the map again. Where URLs of blocks are signed it is so much more as they live: nobody asks who has one."""
 CACHE_BYTES: Final = 256 * 1024 * 1024
 """For the blocks of the chunks that are compacted: two chunks and some."""
 MOUNTPOINT: Final = "(jobs)"
@@ -49,7 +52,7 @@ class _Writing:
     Who leaves last waits for nobody before it closes, so nothing stays open, whoever is cancelled where.
     """
 
-    def __init__(self, volume: Volume, *, cache_dir: Path, bucket: Callable[[], RetryingStore]) -> None:
+    def __init__(self, volume: Volume, *, cache_dir: Path, bucket: Callable[[], Awaitable[RetryingStore]]) -> None:
         self._volume = volume
         self._cache_dir = cache_dir
         self._bucket = bucket
@@ -97,7 +100,7 @@ class _Writing:
         )
         async with AsyncExitStack() as stack:
             meta = await stack.enter_async_context(session)
-            chunks = await stack.enter_async_context(ChunkStore(config, bucket=self._bucket()))
+            chunks = await stack.enter_async_context(ChunkStore(config, bucket=await self._bucket()))
             self._open = meta, chunks
             return stack.pop_all()
 
@@ -124,35 +127,45 @@ class ServedJobs:
 
     async def run(self, volume: Volume) -> None:
         """Work for one volume until cancelled."""
-        bucket: RetryingStore | None = None
+        buckets: list[RetryingStore] = []
+        """All that were opened; the last one is in use."""
+        opened_with: Mapping[str, str] | None = None
 
-        def opened() -> RetryingStore:
-            nonlocal bucket
-            if bucket is None:
-                bucket = open_bucket(volume.format.bucket_url, env=self._env)
-            return bucket
+        async def opened() -> RetryingStore:
+            nonlocal opened_with
+            kept = await volume.access.kept()
+            env = self._env if kept is None else kept
+            if not buckets or env is not opened_with:
+                buckets.append(open_bucket(volume.format.bucket_url, env=env))
+                opened_with = env
+            return buckets[-1]
 
         async def delete(rows: Sequence[Garbage]) -> None:
-            await delete_objects(opened(), volume.format, rows)
+            await delete_objects(await opened(), volume.format, rows)
 
         writing = _Writing(volume, cache_dir=self._cache_dir, bucket=opened).taken
+        rates = self._rates
+        if volume.access.may_sign and rates.garbage_age_s == GARBAGE_AGE_S:
+            rates = replace(rates, garbage_age_s=URL_LIFE_S + GARBAGE_AGE_S)
         log = self._log.bind(volume=volume.name)
         engine = volume.engine
+
+        async def shelf() -> Shelf:
+            return Shelf(await opened(), volume.format.uuid)
+
         backups = Backups(
-            lambda: Shelf(opened(), volume.format.uuid),
+            shelf,
             volume.admin.dump,
             policy=self._backup,
             check_owned=engine.owner.check,
             log=log,
             turn=self._turn,
         )
-        jobs = Jobs(
-            volume.admin, lambda: volume.format, delete, writing, log, self._rates, Packing(engine), engine, backups
-        )
+        jobs = Jobs(volume.admin, lambda: volume.format, delete, writing, log, rates, Packing(engine), engine, backups)
         volume.jobs = lambda: jobs.states
         volume.backups = backups if backups.policy is not None else None
         try:
             await jobs.run()
         finally:
-            if bucket is not None:
+            for bucket in buckets:
                 await bucket.close()

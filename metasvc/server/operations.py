@@ -31,6 +31,7 @@ from metasvc.model import (
     VolumeFormat,
     WrittenSlice,
 )
+from metasvc.server import signing
 
 MAX_ENTRIES: Final = 5000
 """Most entries of a page of a directory, and inodes of one getattr."""
@@ -342,5 +343,10 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "commit": _changes_of(lambda s, m, c: s.commit(c, _ino(m.ino), _commit(s, m)), _put_inode),
     "punch": _changes_of(_punch, wire.put_open, _put_without_map),
     "copy_range": _changes_of(_copy_range, _put_copied, _put_copied_without_map, inos=("source", "target")),
+    "block_access": Operation(signing.block_access, signing.put_urls),
+    "sign_get": Operation(signing.sign_get, signing.put_urls, inos=_OF, has_steps=True),
+    "sign_own": Operation(signing.sign_own, signing.put_urls),
+    # Changes no row; only for those who may write.
+    "sign_put": Operation(signing.sign_put, signing.put_urls, changes=True),
 }
 """By the name of the field in Request."""

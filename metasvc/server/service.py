@@ -11,7 +11,6 @@ and once a minute at each that is in use: a process may have ended between revok
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import math
 import time
@@ -23,6 +22,8 @@ from google.protobuf.message import DecodeError, Message
 
 from chunkstore.errors import AtollError
 from metasvc.api import atoll_pb2 as pb
+from metasvc.api import wire
+from metasvc.api.bucket_keys import BucketKeysInvalid
 from metasvc.api.frames import MAX_OPENING_BYTES, MAX_REQUEST_BYTES, ConnectionLost, Frames, NotOurs, Stalled
 from metasvc.api.server import owner_of, parse_server
 from metasvc.api.volume_format import dump_format, parse_format
@@ -30,7 +31,9 @@ from metasvc.engine import first_rows
 from metasvc.errors import FsError, NotOwner, StoreError, VolumeExists, VolumeIncomplete, VolumeMissing
 from metasvc.server.administration import administer, dump_parts, problems
 from metasvc.server.audit import audited
+from metasvc.server.certificate import Certificate
 from metasvc.server.connection import Connection, Silent
+from metasvc.server.keys import KeysLocked
 from metasvc.server.loading import check_format, load_volume
 from metasvc.server.managing import Managing
 from metasvc.server.names import check_name, volume_name
@@ -45,6 +48,8 @@ BACKLOG: Final = 1024
 REVOKED_S: Final = 0.5
 """So often a process looks whether tokens were revoked."""
 _ALL_LOOKED_AT_S: Final = 60.0
+_SHUTDOWN_S: Final = 5.0
+"""So long a client may take to agree to the end of TLS."""
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +64,8 @@ class _Call(NamedTuple):
     rights: Rights
     peer: str
     """Where the client is, for logs."""
+    is_private: bool
+    """Nobody else can read what passes."""
 
 
 _Method = Callable[[_Call, Frames], Awaitable[None]]
@@ -84,19 +91,28 @@ class Service:
             pb.Opening.HAND_OVER: self._unary(pb.HandOverRequest, self._hand_over),
             pb.Opening.DUMP: self._dump,
             pb.Opening.LOAD: self._load,
+            pb.Opening.KEYS: self._unary(pb.KeysRequest, self._keep_keys),
             pb.Opening.MANAGE: self._unary(pb.ManageRequest, self._manage),
         }
         self.connections: set[Connection] = set()
 
-    async def start(self, listen: str) -> int:
-        """Listen on HOST:PORT (port 0: any) without encryption; the port. StoreError if the address is taken."""
+    async def start(self, listen: str, *, certificate: Certificate | None = None) -> int:
+        """Listen on HOST:PORT (port 0: any), with a certificate by TLS only; the port. StoreError if the address is taken."""
         host, _, port = listen.rpartition(":")
+        encryption: dict[str, Any] = {}
+        if certificate is not None:
+            encryption = {
+                "ssl": certificate.context,
+                "ssl_handshake_timeout": OPENING_S,
+                "ssl_shutdown_timeout": _SHUTDOWN_S,
+            }
         try:
             self._server = await asyncio.get_running_loop().create_server(
                 lambda: Frames(max_bytes=MAX_OPENING_BYTES, on_made=self._accept),
                 host.strip("[]"),
                 int(port),
                 backlog=BACKLOG,
+                **encryption,
             )
         except OSError as error:
             raise StoreError(
@@ -165,7 +181,7 @@ class Service:
             raise Misbehaved("sent a message that is damaged") from None
         if not opening.token:
             raise TokenRefused("there is no token: give one with --token-file or ATOLL_TOKEN")
-        call = _Call(opening.volume, await self._tokens.check(opening.token), frames.peer)
+        call = _Call(opening.volume, await self._tokens.check(opening.token), frames.peer, frames.is_private)
         method = self._methods.get(opening.method)
         if method is None:
             frames.end(pb.Ended.UNKNOWN_METHOD, f"method {opening.method}")
@@ -271,6 +287,22 @@ class Service:
             raise FsError(22, f"{request.server[:80]!r} is no HOST:PORT")
         return pb.HandOverReply(volumes=await self._volumes.hand_over(server, request.owned))
 
+    async def _keep_keys(self, request: pb.KeysRequest, call: _Call) -> Message:
+        if request.WhichOneof("operation") != "put":
+            tenant, _ = volume_name(call.volume)
+            call.rights.require_admin("asking for keys", tenant=tenant)
+            return pb.KeysReply(has_master=self._volumes.keeps_keys)
+        try:
+            with self._administering(call, "set the keys of"):
+                if not call.is_private:
+                    raise TokenRefused("keys are not taken in plain text from another machine: write atolls://")
+                await (await self._volume(call)).access.replace(request.put.variables)
+        except (KeysLocked, BucketKeysInvalid) as error:
+            reply = pb.KeysReply()
+            wire.put_failure(error, reply.failure)
+            return reply
+        return pb.KeysReply(has_master=True)
+
     async def _manage(self, request: pb.ManageRequest, call: _Call) -> Message:
         return await self._managing.manage(request, call.rights, call.peer)
 
@@ -330,14 +362,6 @@ async def _request(kind: type[_Message], frames: Frames) -> _Message:
 
 def _one_request(_: bytes) -> None:
     raise Misbehaved("a second request on a connection for one")
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether a host names this machine only."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 _REASONS: Final[dict[type[Exception], pb.Ended.Reason.ValueType]] = {

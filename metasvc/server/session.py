@@ -26,6 +26,7 @@ from contextvars import ContextVar
 from typing import Any, Final, NamedTuple, Protocol
 
 from chunkstore.errors import AtollError
+from chunkstore.geometry import SliceId
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api import wire
 from metasvc.engine import Engine, EngineSession
@@ -34,6 +35,7 @@ from metasvc.engine.scope import Scope
 from metasvc.engine.tx import Tx
 from metasvc.errors import Fenced, FsError
 from metasvc.model import Caller, Ino, Inode, Replies, SessionId
+from metasvc.server.access import VolumeAccess
 from metasvc.server.metrics import ServiceMetrics
 from metasvc.server.operations import OPERATIONS, Operation
 from metasvc.server.replies import ReplyLog, framed
@@ -93,6 +95,7 @@ class ServedSession(EngineSession):
         secret: bytes,
         stored: Replies | None = None,
         metrics: ServiceMetrics | None = None,
+        access: VolumeAccess | None = None,
     ) -> None:
         """Take over a session that is in the store."""
         super().__init__(engine, session_id)
@@ -102,6 +105,7 @@ class ServedSession(EngineSession):
         """Held while a connection takes the session over."""
         self.attempt = 0
         """The latest stream of the client that said Hello, by the client's count."""
+        self.access = access or VolumeAccess(None, lambda: engine.format)
         self.outlet: Outlet | None = None
         self.is_ending = False
         self.heard_s = time.monotonic()
@@ -113,6 +117,10 @@ class ServedSession(EngineSession):
         self._running: dict[int, asyncio.Task[None]] = {}
         self._puts: dict[int, tuple[Callable[[Any, pb.Reply], None], set[Ino]]] = {}
         """How the results of requests under way are written, and of which directories the reply is to tell."""
+
+    def may_commit(self, slice_id: SliceId) -> bool:
+        """Return whether a slice id was handed out to this session, which lives."""
+        return not self.is_ending and self._engine.may_commit(self._session_id, slice_id)
 
     @property
     def outstanding(self) -> int:

@@ -40,6 +40,8 @@ from metasvc.engine.engine import DEFAULT_MEMORY_BYTES
 from metasvc.engine.memory_budget import MemoryBudget
 from metasvc.errors import FsError, NotOwner, VolumeIncomplete, VolumeMissing
 from metasvc.model import Ino, SessionId, VolumeFormat
+from metasvc.server.access import VolumeAccess
+from metasvc.server.keys import BucketKeys
 from metasvc.server.metrics import ServiceMetrics
 from metasvc.server.session import ServedSession
 from metasvc.server.tenant_space import TenantSpace
@@ -95,6 +97,7 @@ class Volume:
         objects_url: str,
         space: TenantSpace | None = None,
         metrics: ServiceMetrics | None = None,
+        keys: BucketKeys | None = None,
     ) -> None:
         """Take over what is open."""
         self._space = space
@@ -103,6 +106,7 @@ class Volume:
         self.admin = EngineAdmin(engine)
         self.name = f"{engine.format.tenant}/{engine.format.name}"
         self.sessions: dict[SessionId, ServedSession] = {}
+        self.access = VolumeAccess(keys, lambda: self.format)
         self.expiry_s = expiry_s
         self.expired_total = 0
         self.jobs: Callable[[], Mapping[str, JobState]] = dict
@@ -129,10 +133,11 @@ class Volume:
         work: Work | None = None,
         space: TenantSpace | None = None,
         metrics: ServiceMetrics | None = None,
+        keys: BucketKeys | None = None,
     ) -> Volume:
         """Own a volume, and do its work. NotOwner while another process owns it."""
         engine = await Engine.open(store, address=address, memory=memory, keep_sessions=True)
-        volume = cls(store, engine, expiry_s=expiry_s, objects_url=objects_url, space=space, metrics=metrics)
+        volume = cls(store, engine, expiry_s=expiry_s, objects_url=objects_url, space=space, metrics=metrics, keys=keys)
         if metrics is not None:
             engine.committer.observe = metrics.observe_commit
             engine.committer.may_block = lambda: metrics.running <= 1
@@ -200,7 +205,7 @@ class Volume:
             session_id = row.session_id
             stored = await self.engine.run(lambda tx, number=session_id: tx.get(REPLIES, number))
             self.sessions[session_id] = ServedSession(
-                self.engine, session_id, secret=row.secret, stored=stored, metrics=self._metrics
+                self.engine, session_id, secret=row.secret, stored=stored, metrics=self._metrics, access=self.access
             )
             self._absent.add(session_id)
 
@@ -239,7 +244,7 @@ class Volume:
         secret = secrets.token_bytes(16)
         session_id = await self.engine.begin_session(host=host, pid=pid, mountpoint=mountpoint, secret=secret)
         session = self.sessions[session_id] = ServedSession(
-            self.engine, session_id, secret=secret, metrics=self._metrics
+            self.engine, session_id, secret=secret, metrics=self._metrics, access=self.access
         )
         return session
 
@@ -335,6 +340,7 @@ class Volumes:
         return_s: float = RETURN_S,
         objects_url: str = "",
         work: Work | None = None,
+        keys: BucketKeys | None = None,
     ) -> None:
         """``objects_url`` is where the default bucket lies. Nothing is opened before `serve_as`.
 
@@ -342,6 +348,7 @@ class Volumes:
         """
         self._objects_url = objects_url
         self._work = work
+        self._keys = keys
         self.metrics = ServiceMetrics(lambda: self)
         self.store = store
         self.expiry_s = expiry_s
@@ -365,6 +372,11 @@ class Volumes:
     def address(self) -> str:
         """What other processes, and commands, are told of who has a volume. Call behind `serve_as`."""
         return owner_text(self._server.result())
+
+    @property
+    def keeps_keys(self) -> bool:
+        """Return whether keys of buckets can be kept."""
+        return self._keys is not None and self._keys.has_master
 
     def __iter__(self) -> Iterator[Volume]:
         """Return those that are open."""
@@ -401,6 +413,7 @@ class Volumes:
                     work=self._work,
                     space=self.space,
                     metrics=self.metrics,
+                    keys=self._keys,
                 )
             except BaseException:
                 await store.close()
@@ -516,6 +529,8 @@ class Volumes:
             await _close_for(volume, VolumeMissing(f"volume {volume.name} was deleted"))
             await self.store.delete_volume(*key)
             await self.space.forget(key[0], volume.format.uuid)
+            if self._keys is not None:
+                await self._keys.forget(volume.format)
 
     async def _watch(self, key: tuple[str, str], volume: Volume) -> None:
         await volume.engine.failed.wait()

@@ -41,7 +41,8 @@ class ServiceProcess:
 
     def address(self, volume: str = "data") -> str:
         servers = ",".join(f"{HOST}:{port}" for port in self.ports or (self.port,))
-        return f"atoll://{servers}/{TENANT}/{volume}"
+        scheme = "atolls" if "--tls-cert" in self.options else "atoll"
+        return f"{scheme}://{servers}/{TENANT}/{volume}"
 
     def prepare(self) -> None:
         """Make the store and keep the admin token."""

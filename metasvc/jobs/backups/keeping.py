@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
@@ -65,7 +65,7 @@ class Backups:
 
     def __init__(
         self,
-        shelf: Callable[[], Shelf],
+        shelf: Callable[[], Awaitable[Shelf]],
         dump: Callable[[], AsyncGenerator[DumpPart, None]],
         *,
         policy: BackupPolicy | None,
@@ -135,7 +135,7 @@ class Backups:
         }
 
     async def _look(self) -> list[Manifest]:
-        self._known = await self._shelf().manifests(self._known or ())
+        self._known = await (await self._shelf()).manifests(self._known or ())
         self._looked_s = self._clock_s()
         return self._known
 
@@ -151,7 +151,7 @@ class Backups:
         assert self.policy is not None
         began_s = self._clock_s()
         made = await make_backup(
-            self._shelf(),
+            await self._shelf(),
             self._dump,
             window_s=self.policy.window_s,
             check_owned=self._check_owned,
@@ -171,7 +171,7 @@ class Backups:
     async def _tidy(self) -> None:
         """Remove backups that the ladder drops and, once a day, parts that belong to none. What stays goes the next time."""
         try:
-            shelf = self._shelf()
+            shelf = await self._shelf()
             known = await self._look()
             dropped = to_remove({each.name: each.made_ns for each in known}, now_ns=self._clock_ns())
             for name in sorted(dropped):

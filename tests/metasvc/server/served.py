@@ -10,10 +10,12 @@ from typing import Any, Self, cast
 
 from client.meta.admin import RemoteAdmin
 from client.meta.connection import SessionConnection
+from client.meta.encryption import Trust
 from client.meta.endpoint import Endpoint
 from client.meta.remote import RemoteMeta
 from metasvc.api.server import Server
 from metasvc.model import Ino, VolumeFormat
+from metasvc.server.certificate import Certificate
 from metasvc.server.service import Service
 from metasvc.server.tokens import Tokens, prepare
 from metasvc.server.volumes import Volume, Volumes
@@ -59,11 +61,13 @@ class Served:
     port: int = 0
     volumes: Volumes | None = None
     service: Service | None = None
+    certificate: Certificate | None = None
+    trust: Trust | None = None
 
     async def start(self) -> None:
         self.volumes = Volumes(self.store, **self.options)
         self.service = Service(self.volumes, await Tokens.load(self.store))
-        self.port = await self.service.start(f"127.0.0.1:{self.port}")
+        self.port = await self.service.start(f"127.0.0.1:{self.port}", certificate=self.certificate)
         self.volumes.serve_as(Server("127.0.0.1", self.port))
 
     async def stop(self) -> None:
@@ -78,14 +82,21 @@ class Served:
         return await self.volumes.get(tenant, name)
 
     def endpoint(self, *, port: int | None = None) -> Endpoint:
-        return Endpoint([Server("127.0.0.1", port or self.port)], self.token)
+        return Endpoint([Server("127.0.0.1", port or self.port)], self.token, trust=self.trust)
 
 
 @contextlib.asynccontextmanager
-async def served(store: VolumeStore | Store, *, name: str = "local/default", **options: Any) -> AsyncIterator[Served]:
+async def served(
+    store: VolumeStore | Store,
+    *,
+    name: str = "local/default",
+    certificate: Certificate | None = None,
+    trust: Trust | None = None,
+    **options: Any,
+) -> AsyncIterator[Served]:
     """Serve a volume, or a store, until the block ends."""
     whole = OneVolume(cast("VolumeStore", store)) if hasattr(store, "scan_dir") else store
-    service = Served(whole, name, await prepare(whole), options)
+    service = Served(whole, name, await prepare(whole), options, certificate=certificate, trust=trust)
     await service.start()
     try:
         yield service

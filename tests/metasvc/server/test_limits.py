@@ -484,4 +484,4 @@ async def test_a_change_that_nobody_waits_for_any_more_leaves_nothing_known() ->
 @pytest.mark.parametrize("host", ["a..b", "x" * 300, "192.0.2.1.example.invalid"])
 async def test_a_host_that_cannot_be_one_is_told_as_any_that_is_not_there(host: str) -> None:
     with pytest.raises(ServiceUnavailable):
-        await Endpoint([Server(host, 1)], "token").ask(pb.Opening.LIST_VOLUMES, b"")
+        await Endpoint([Server(host, 1)], "token", is_plain_allowed=True).ask(pb.Opening.LIST_VOLUMES, b"")

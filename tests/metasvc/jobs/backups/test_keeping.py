@@ -64,7 +64,7 @@ class Bench:
     def renew(self) -> None:
         """Be the next owner."""
         self.backups = Backups(
-            lambda: self.shelf,
+            self._own_shelf,
             lambda: (self.dump or self.volume.admin.dump)(),
             policy=self.policy,
             check_owned=lambda: self.check_owned(),
@@ -76,6 +76,9 @@ class Bench:
     @property
     def shelf(self) -> Shelf:
         return Shelf(self.faults, UUID)
+
+    async def _own_shelf(self) -> Shelf:
+        return self.shelf
 
     async def names(self) -> list[str]:
         return [each.name for each in await self.shelf.manifests()]

@@ -104,8 +104,12 @@ async def test_protected_backups_name_only_what_is_there(tmp_path: Path, seed: i
 
 def jobs_of(volume: Volume, shelf: Shelf, delete: object) -> Jobs:
     """Return the jobs of the owner, of which this test runs one itself."""
+
+    async def own_shelf() -> Shelf:
+        return shelf
+
     backups = Backups(
-        lambda: shelf,
+        own_shelf,
         volume.admin.dump,
         policy=BackupPolicy(every_s=1.0, window_s=WINDOW_S, clocks_apart_s=0.0),
         check_owned=volume.engine.owner.check,

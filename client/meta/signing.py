@@ -1,0 +1,69 @@
+"""URLs of blocks from the service, on the stream of the session."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+
+from chunkstore.errors import ObjectMissing
+from chunkstore.geometry import CHUNK_BYTES, SliceId
+from chunkstore.model import SliceInfo
+from chunkstore.presigned import Signed
+from client.meta.connection import SessionConnection
+from metasvc.api import atoll_pb2 as pb
+from metasvc.errors import FsError
+
+__all__ = ["RemoteSigning", "signs_urls"]
+
+
+async def signs_urls(connection: SessionConnection) -> bool:
+    """Return whether the service signs URLs for this volume; else clients need keys. One round trip."""
+    try:
+        return (await connection.call("block_access", pb.Nothing())).urls.life_s > 0
+    except FsError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        return False
+
+
+class RemoteSigning:
+    """Have URLs signed."""
+
+    def __init__(self, connection: SessionConnection, *, block_bytes: int) -> None:
+        self._call = connection.call
+        self._block_bytes = block_bytes
+
+    async def sign_get(self, info: SliceInfo, blocks: Sequence[int]) -> Signed:
+        """Sign URLs that read. ObjectMissing for what the file has no more, so that whoever reads looks at its map again."""
+        try:
+            if info.place is None:
+                own = pb.SignOwn(slice_id=info.slice_id, blocks=blocks)
+                reply = await self._call("sign_own", own)
+            else:
+                asked = pb.SignGet(
+                    ino=info.place.ino, slice_id=info.slice_id, blocks=blocks, chunks=self._chunks(info, blocks)
+                )
+                reply = await self._call("sign_get", asked)
+        except FsError as error:
+            if error.errno in (errno.ENOENT, errno.ESTALE):
+                raise ObjectMissing(f"slice {info.slice_id}: {error.message}") from error
+            raise
+        return Signed(list(reply.urls.urls), reply.urls.life_s)
+
+    def _chunks(self, info: SliceInfo, blocks: Sequence[int]) -> list[int]:
+        """Return in which chunks of the file these blocks should lie."""
+        assert info.place is not None
+        found: dict[int, None] = {}
+        for index in blocks:
+            start = info.place.offset + index * self._block_bytes
+            last = min(start + self._block_bytes, info.place.offset + info.length) - 1
+            for offset in (max(0, start), last):
+                if offset >= 0:
+                    found[offset // CHUNK_BYTES] = None
+        return list(found)
+
+    async def sign_put(self, slice_id: SliceId, blocks: Sequence[int], sha256: Sequence[bytes]) -> Signed:
+        """Sign URLs that put. ESTALE for a slice of a session that has ended."""
+        reply = await self._call("sign_put", pb.SignPut(slice_id=slice_id, blocks=blocks, sha256=sha256))
+        headers = [dict(each.values) for each in reply.urls.headers]
+        return Signed(list(reply.urls.urls), reply.urls.life_s, headers)

@@ -1,0 +1,217 @@
+"""Keys that the service keeps never come to a node: looked for in everything that a mount has, while it does real work."""
+
+from __future__ import annotations
+
+import base64
+import os
+import random
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from client.volume import TOKEN_VARIABLE
+from tests.mount.mounted import MountedVolume, atoll, mounted
+from tests.mount.service import ServiceProcess, service
+from tests.servers.buckets import Bucket
+from tests.servers.certificates import Authority
+from tests.servers.ports import HOST
+from tests.servers.seaweedfs import SECRET_ACCESS_KEY
+
+MASTER = {"ATOLL_MASTER_KEY": base64.b64encode(os.urandom(32)).decode()}
+SECRET = SECRET_ACCESS_KEY.encode()
+MIB = 1 << 20
+
+
+def in_memory(pid: int, secret: bytes) -> bool:
+    """Return whether a process has some bytes anywhere in its memory."""
+    overlap = len(secret) - 1
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for line in maps:
+            span, permissions = line.split()[:2]
+            start, end = (int(part, 16) for part in span.split("-"))
+            if "r" not in permissions or line.rstrip().endswith(("[vvar]", "[vsyscall]", "[vvar_vclock]")):
+                continue
+            kept = b""
+            while start < end:
+                try:
+                    memory.seek(start)
+                    data = memory.read(min(4 * MIB, end - start))
+                except OSError:
+                    break  # behind the end of a mapped file
+                if not data:
+                    break
+                if secret in kept + data:
+                    return True
+                kept = data[-overlap:]
+                start += len(data)
+    return False
+
+
+def in_files(secret: bytes, *places: Path) -> list[Path]:
+    """Return the files below some directories in which bytes are, sparse ones read as they are."""
+    everything = (path for place in places for path in ([place] if place.is_file() else sorted(place.rglob("*"))))
+    return [path for path in everything if path.is_file() and secret in path.read_bytes()]
+
+
+@contextmanager
+def kept_and_mounted(running: ServiceProcess, directory: Path, bucket: Bucket) -> Iterator[MountedVolume]:
+    """Format with keys in the environment, then take them away: all commands go without, but for the last fsck."""
+    given = {TOKEN_VARIABLE: running.token, **running.environment}
+    given.pop("ATOLL_MASTER_KEY", None)
+    made = atoll(
+        "format", running.address(), "--bucket", bucket.url, "--block-size", "1MiB", "--inline-limit", "1KiB",
+        environment={**given, **bucket.environment},
+    )  # fmt: skip
+    assert made.returncode == 0, made
+    assert "clients need none" in made.stdout
+    cache_dir, path = directory / "cache", directory / "mnt"
+    cache_dir.mkdir()
+    path.mkdir()
+    volume = MountedVolume(running.address(), path, cache_dir, given)
+    try:
+        volume.mount()
+        yield volume
+        volume.unmount()
+        volume.environment = {**given, **bucket.environment}
+        volume.fsck()
+    finally:
+        volume.abandon()
+
+
+def files_of(seed: int) -> dict[str, bytes]:
+    rand = random.Random(seed)
+    sizes = [20 * MIB + 12345, 3 * MIB, *(rand.randrange(2000, 90_000) for _ in range(40))]
+    return {f"file-{number}": rand.randbytes(size) for number, size in enumerate(sizes)}
+
+
+def work(volume: MountedVolume, files: dict[str, bytes]) -> None:
+    """Write, overwrite, copy, read cold and at random, remove."""
+    directory = volume.path / "work"
+    directory.mkdir()
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+    with (directory / "file-0").open("r+b") as file:
+        file.seek(5 * MIB + 17)
+        file.write(b"changed" * 100_000)
+    changed = bytearray(files["file-0"])
+    changed[5 * MIB + 17 : 5 * MIB + 17 + 700_000] = b"changed" * 100_000
+    volume.remount_with_empty_cache()
+    assert (directory / "file-0").read_bytes() == changed
+    for name, data in list(files.items())[1:]:
+        assert (directory / name).read_bytes() == data
+    volume.atoll("clone", str(directory), str(volume.path / "copy"))
+    volume.remount_with_empty_cache()
+    with (volume.path / "copy" / "file-0").open("rb") as file:
+        for offset in (19 * MIB, 0, 5 * MIB, 11 * MIB + 1):
+            file.seek(offset)
+            assert file.read(5000) == changed[offset : offset + 5000]
+    (directory / "file-1").unlink()
+    # Parts of slices: the rest of their blocks is in no file any more.
+    with (directory / "file-0").open("r+b") as file:
+        file.truncate(2 * MIB + 100)
+    with (volume.path / "tail").open("wb") as tail, (volume.path / "copy" / "file-0").open("rb") as source:
+        os.copy_file_range(source.fileno(), tail.fileno(), 4 * MIB, 15 * MIB)
+    volume.remount_with_empty_cache()
+    assert (directory / "file-0").read_bytes() == changed[: 2 * MIB + 100]
+    assert (volume.path / "tail").read_bytes() == changed[15 * MIB : 19 * MIB]
+
+
+@pytest.mark.timeout(600)
+def test_the_secret_is_nowhere_on_a_node_and_the_search_would_find_it(
+    tmp_path: Path, bucket: Bucket, seed: int
+) -> None:
+    authority = Authority(tmp_path)
+    environment = {**MASTER, "ATOLL_TLS_CA": str(authority.ca)}
+    place = tmp_path / "service"
+    place.mkdir()
+    files = files_of(seed)
+    with service(place, options=authority.issue(HOST).options, environment=environment) as running:
+        with kept_and_mounted(running, tmp_path, bucket) as volume:
+            work(volume, files)
+            told = [volume.atoll("status", volume.address), volume.atoll("stats", str(volume.path))]
+            told.append((volume.path / ".atoll" / "config").read_text())
+            told.append((volume.path / ".atoll" / "stats").read_text())
+            shown = subprocess.run(["ps", "axww", "-o", "args"], check=True, capture_output=True, timeout=60)
+            told += [shown.stdout.decode(), *(Path(f"/proc/{volume.pid}/{name}").read_bytes().decode("utf-8", "replace")
+                     for name in ("environ", "cmdline"))]  # fmt: skip
+            assert not any(SECRET_ACCESS_KEY in text for text in told)
+            assert "AWS_ACCESS_KEY_ID" not in told[-2]
+            assert not in_memory(volume.pid, SECRET)
+            assert in_memory(running.pid, SECRET), "the search does not find what is there"
+            assert in_files(SECRET, volume.cache_dir, place) == []
+        assert in_files(SECRET, tmp_path / "cache", place) == []
+        assert SECRET_ACCESS_KEY not in running.log_path.read_text()
+
+
+@pytest.mark.timeout(600)
+def test_a_service_that_is_restarted_goes_on_signing_and_refuses_without_its_master_key(
+    tmp_path: Path, bucket: Bucket, seed: int
+) -> None:
+    data = random.Random(seed).randbytes(9 * MIB)
+    place = tmp_path / "service"
+    place.mkdir()
+    with service(place, environment=MASTER) as running:
+        with kept_and_mounted(running, tmp_path, bucket) as volume:
+            (volume.path / "file").write_bytes(data)
+            running.kill()
+            refused = atoll("serve", "--store", running.store, "--listen", f"{HOST}:{running.port}")
+            assert refused.returncode == 1
+            assert "--master-key-file" in refused.stderr
+            running.start()
+            volume.remount_with_empty_cache()
+            assert (volume.path / "file").read_bytes() == data
+            # Keys that do not do are refused by the bucket: an error, never wrong data; and others are used at once.
+            volume.remount_with_empty_cache()
+            wrong = {**volume.environment, **bucket.environment, "AWS_SECRET_ACCESS_KEY": "wrong"}
+            tried = atoll("keys", "set", volume.address, environment=wrong)
+            assert tried.returncode == 1, tried
+            right = atoll("keys", "set", volume.address, environment={**volume.environment, **bucket.environment})
+            assert right.returncode == 0, right
+            assert (volume.path / "file").read_bytes() == data
+            for command in ("gc", "fsck"):
+                refused = atoll(command, str(volume.path), environment=volume.environment)
+                assert refused.returncode == 1
+                assert "the service keeps its keys" in refused.stderr
+            collected = atoll("gc", volume.address, environment={**volume.environment, **bucket.environment})
+            assert collected.returncode == 0, collected
+        local = atoll(
+            "mount", running.address(), str(tmp_path / "mnt"), "--cache-dir", str(tmp_path / "cache"), "--durability", "local",
+            environment={TOKEN_VARIABLE: running.token},
+        )  # fmt: skip
+        assert local.returncode == 1
+        assert "--durability local" in local.stderr
+
+
+def test_a_service_without_a_master_key_leaves_keys_where_they_are_and_says_so(tmp_path: Path, bucket: Bucket) -> None:
+    with service(tmp_path) as running:
+        given = {TOKEN_VARIABLE: running.token, **bucket.environment}
+        refused = atoll("format", running.address(), "--bucket", bucket.url, "--keys", "service", environment=given)
+        assert refused.returncode == 1
+        assert "--master-key-file" in refused.stderr
+        made = atoll("format", running.address(), "--bucket", bucket.url, environment=given)
+        assert made.returncode == 0, made
+        assert "in their environment" in made.stdout
+        told = atoll("keys", "set", running.address(), environment=given)
+        assert told.returncode == 1
+        assert "--master-key-file" in told.stderr
+
+
+def test_keys_are_rotated_by_a_command(tmp_path: Path, bucket: Bucket) -> None:
+    new = base64.b64encode(os.urandom(32)).decode()
+    path = tmp_path / "master"
+    path.write_text(f"{new}\n{MASTER['ATOLL_MASTER_KEY']}\n")
+    with service(tmp_path, environment=MASTER) as running, mounted(
+        tmp_path, "--bucket", bucket.url, environment={TOKEN_VARIABLE: running.token, **bucket.environment},
+        address=running.address(),
+    ) as volume:  # fmt: skip
+        running.end()
+        rotated = atoll("serve", "--store", running.store, "--rotate-keys", "--master-key-file", str(path))
+        assert (rotated.returncode, rotated.stdout.split()[:4]) == (0, ["the", "keys", "of", "1"]), rotated
+        path.write_text(new)
+        running.environment = {}
+        running.options = ("--master-key-file", str(path))
+        running.start()
+        (volume.path / "file").write_bytes(bytes(5 * MIB))

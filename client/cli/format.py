@@ -151,7 +151,10 @@ def command(
     if as_json:
         from client.admin.status import format_json
 
-        echo_json({"address": str(where), "format": format_json(volume_format), "keys_in_service": is_kept})
+        document: dict[str, Any] = {"address": str(where), "format": format_json(volume_format)}
+        if isinstance(where, ServiceAddress):
+            document["keys_in_service"] = is_kept
+        echo_json(document)
         return
     place = where.objects if isinstance(where, EmbeddedAddress) and bucket is None else bucket or ""
     click.echo(f"{shown(str(where))}: volume {volume_format.uuid}, bytes in {shown(place)}")

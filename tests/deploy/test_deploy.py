@@ -167,7 +167,7 @@ def test_the_steps_of_compose_make_store_volume_and_tokens_once(tmp_path: Path) 
     admin, mount = tmp_path / "admin", tmp_path / "mount"
     for directory in (admin, mount, tmp_path / "bucket"):
         directory.mkdir()
-    running = ServiceProcess(tmp_path, free_ports(1)[0])
+    running = ServiceProcess(tmp_path, free_ports(1)[0], store=f"sqlite:///{tmp_path}/service.db")
     init = {"/run/atoll": str(admin)}
     token, own = admin / "admin.token", mount / "token"
     run_step("init", init, {"STORE": running.store})

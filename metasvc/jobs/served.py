@@ -31,6 +31,7 @@ from metasvc.jobs.collecting import delete_objects
 from metasvc.jobs.schedule import JobRates, Jobs
 from metasvc.model import Garbage
 from metasvc.server.access import URL_LIFE_S
+from metasvc.server.confined import PackReader
 
 if TYPE_CHECKING:
     from chunkstore.buckets.retry import RetryingStore
@@ -163,9 +164,12 @@ class ServedJobs:
         )
         jobs = Jobs(volume.admin, lambda: volume.format, delete, writing, log, rates, Packing(engine), engine, backups)
         volume.jobs = lambda: jobs.states
+        packs = volume.access.packs = PackReader(writing)
         volume.backups = backups if backups.policy is not None else None
         try:
             await jobs.run()
         finally:
+            volume.access.packs = None
+            await packs.close()
             for bucket in buckets:
                 await bucket.close()

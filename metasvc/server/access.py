@@ -8,13 +8,16 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from chunkstore.signing import S3Signer
 from metasvc.api.bucket_keys import check_keys
 from metasvc.errors import FsError
 from metasvc.model import VolumeFormat
 from metasvc.server.keys import BucketKeys, KeysLocked
+
+if TYPE_CHECKING:
+    from metasvc.server.confined import PackReader
 
 __all__ = ["URL_LIFE_S", "VolumeAccess"]
 
@@ -33,6 +36,8 @@ class VolumeAccess:
         self._is_read = False
         self._reading = asyncio.Lock()
         self._signer: tuple[Mapping[str, str], S3Signer] | None = None
+        self.packs: PackReader | None = None
+        """What reads packs, while the jobs of the volume run."""
 
     async def kept(self) -> Mapping[str, str] | None:
         """Return the keys that are kept; None: there are none. KeysLocked, StoreError; asked again the next time."""
@@ -63,6 +68,12 @@ class VolumeAccess:
         if signer is None:
             raise FsError(errno.ENOTSUP, "the service signs no URLs for this volume: its keys are in the environment")
         return signer
+
+    def require_packs(self) -> PackReader:
+        """Return what reads packs. EAGAIN while the volume is being opened or closed."""
+        if self.packs is None:
+            raise FsError(errno.EAGAIN, "the service does not read packs now: the volume is being opened or closed")
+        return self.packs
 
     async def replace(self, variables: Mapping[str, str]) -> None:
         """Keep other keys from now on. KeysLocked, BucketKeysInvalid."""

@@ -32,6 +32,7 @@ from metasvc.model import (
     WrittenSlice,
 )
 from metasvc.server import signing
+from metasvc.server.confined import ConfinedMaps
 
 MAX_ENTRIES: Final = 5000
 """Most entries of a page of a directory, and inodes of one getattr."""
@@ -64,6 +65,8 @@ class Operation:
     """It is not one step of the engine: what it names must be within reach before it and behind it."""
     changes: bool = False
     """Only for those who may write."""
+    confine: Callable[[ConfinedMaps, Any], Awaitable[Any]] | None = None
+    """What is left of the result for whoever is confined: of all results with maps."""
 
 
 def _refuse(reason: str) -> FsError:
@@ -304,14 +307,18 @@ def _changes_in(
     *,
     directories: tuple[str, ...] = _IN,
     inos: tuple[str, ...] = (),
+    confine: Any = None,
 ) -> Operation:
     """Return an operation that changes directories."""
-    return Operation(call, put, directories=directories, inos=(*directories, *inos), changes=True)
+    named = (*directories, *inos)
+    return Operation(call, put, directories=directories, inos=named, changes=True, confine=confine)
 
 
-def _changes_of(call: _Call, put: Any, keep: Any = None, *, inos: tuple[str, ...] = _OF) -> Operation:
+def _changes_of(
+    call: _Call, put: Any, keep: Any = None, *, inos: tuple[str, ...] = _OF, confine: Any = None
+) -> Operation:
     """Return an operation that changes inodes."""
-    return Operation(call, put, keep, inos=inos, changes=True)
+    return Operation(call, put, keep, inos=inos, changes=True, confine=confine)
 
 
 OPERATIONS: Final[dict[str, Operation]] = {
@@ -333,16 +340,24 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "setxattr": _changes_of(lambda s, m, c: s.setxattr(c, _ino(m.ino), m.name, m.value, flags=m.flags), _nothing),
     "removexattr": _changes_of(lambda s, m, c: s.removexattr(c, _ino(m.ino), m.name), _nothing),
     "statfs": Operation(lambda s, m, c: s.statfs(_ino(m.ino)), _put_statfs, inos=_OF),
-    "open": Operation(lambda s, m, c: s.open(_ino(m.ino), again=m.again), _put_opened, inos=_OF),
-    "create": _changes_in(_create, _put_opened),
+    "open": Operation(
+        lambda s, m, c: s.open(_ino(m.ino), again=m.again), _put_opened, inos=_OF, confine=ConfinedMaps.of_open
+    ),
+    "create": _changes_in(_create, _put_opened, confine=ConfinedMaps.of_open),
     "release": Operation(lambda s, m, c: s.release(_ino(m.ino)), _nothing),
-    "read_map": Operation(_read_map, _put_map, inos=_OF),
-    "read_maps": Operation(_read_maps, _put_maps, inos=("inos",), may_miss=True),
+    "read_map": Operation(_read_map, _put_map, inos=_OF, confine=ConfinedMaps.of_map),
+    "read_maps": Operation(_read_maps, _put_maps, inos=("inos",), may_miss=True, confine=ConfinedMaps.of_maps),
     "allocate_slices": _changes_of(_allocate, _put_ids, inos=()),
     "reserve": _changes_of(_reserve, _put_count),
     "commit": _changes_of(lambda s, m, c: s.commit(c, _ino(m.ino), _commit(s, m)), _put_inode),
-    "punch": _changes_of(_punch, wire.put_open, _put_without_map),
-    "copy_range": _changes_of(_copy_range, _put_copied, _put_copied_without_map, inos=("source", "target")),
+    "punch": _changes_of(_punch, wire.put_open, _put_without_map, confine=ConfinedMaps.of_open),
+    "copy_range": _changes_of(
+        _copy_range,
+        _put_copied,
+        _put_copied_without_map,
+        inos=("source", "target"),
+        confine=ConfinedMaps.of_copied,
+    ),
     "block_access": Operation(signing.block_access, signing.put_urls),
     "sign_get": Operation(signing.sign_get, signing.put_urls, inos=_OF, has_steps=True),
     "sign_own": Operation(signing.sign_own, signing.put_urls),

@@ -36,6 +36,7 @@ from metasvc.engine.tx import Tx
 from metasvc.errors import Fenced, FsError
 from metasvc.model import Caller, Ino, Inode, Replies, SessionId
 from metasvc.server.access import VolumeAccess
+from metasvc.server.confined import ConfinedMaps
 from metasvc.server.metrics import ServiceMetrics
 from metasvc.server.operations import OPERATIONS, Operation
 from metasvc.server.replies import ReplyLog, framed
@@ -112,6 +113,7 @@ class ServedSession(EngineSession):
         self.requests_total = 0
         self.rights = EVERYTHING
         self._scope: Scope | None = None
+        self.confined_maps: ConfinedMaps | None = None
         self._run_free = self._run
         self._replies = ReplyLog(session_id, stored)
         self._running: dict[int, asyncio.Task[None]] = {}
@@ -132,6 +134,7 @@ class ServedSession(EngineSession):
         self.rights = rights
         self._scope = Scope(rights.root, self._has_open) if rights.is_confined else None
         self._run = self._run_free if self._scope is None else self._run_confined
+        self.confined_maps = None if self._scope is None else ConfinedMaps(self._run_free, self.access)
 
     def _has_open(self, ino: Ino) -> bool:
         return self._session_id in self._engine.sessions_holding(ino)
@@ -304,11 +307,14 @@ class ServedSession(EngineSession):
             _asked.set(_Asked(list(named)))
         else:
             _asked.set(_Asked([Ino(getattr(message, field)) for field in operation.inos], operation.finds))
-        if not operation.has_steps:
-            return await operation.call(self, message, caller)
-        await self._run_confined(_nothing)
+        if operation.has_steps:
+            await self._run_confined(_nothing)
         result = await operation.call(self, message, caller)
-        await self._run_confined(_nothing)
+        if operation.confine is not None:
+            assert self.confined_maps is not None
+            result = await operation.confine(self.confined_maps, result)
+        if operation.has_steps:
+            await self._run_confined(_nothing)
         return result
 
     def _recorder(self, caller: Caller) -> Callable[[Any, Tx], Replies] | None:

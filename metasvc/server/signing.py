@@ -3,7 +3,7 @@
 Owns the operations `block_access`, `sign_get`, `sign_own` and `sign_put` of a session. A URL that reads a block is signed if a
 piece of the named file lies in that block at this moment, which is looked up in the map of the file: block by block, as a file
 may share a part of a slice with another one that is out of the client's reach. A pack is one block with the bytes of many small
-files: who may read one of them gets the block. A URL that puts is signed for ids that were handed out to this very session,
+files: whoever is confined to a directory gets no URL for it, and has the bytes with the map (metasvc.server.confined). A URL that puts is signed for ids that were handed out to this very session,
 which lives. Whoever has a URL may use it until it expires, also when the file has changed or the session has ended: so objects
 are deleted later than that (`metasvc.jobs.served`).
 """
@@ -19,6 +19,7 @@ from metasvc.api import atoll_pb2 as pb
 from metasvc.errors import FsError
 from metasvc.model import MAP_PAGE_CHUNKS, Caller, FileMap, Ino, SliceRef, VolumeFormat
 from metasvc.server.access import URL_LIFE_S, VolumeAccess
+from metasvc.server.confined import ConfinedMaps
 
 __all__ = ["block_access", "put_urls", "sign_get", "sign_own", "sign_put"]
 
@@ -40,6 +41,7 @@ class Urls(NamedTuple):
 
 class _Session(Protocol):
     access: VolumeAccess
+    confined_maps: ConfinedMaps | None
 
     @property
     def format(self) -> VolumeFormat: ...
@@ -62,11 +64,14 @@ async def sign_get(session: Any, message: pb.SignGet, _: Caller) -> Urls:
         raise FsError(E.EINVAL, "no file has these chunks")
     if not 0 < message.ino < 1 << 63:
         raise FsError(E.ENOENT, "no inode has that number")
-    used = await _used(own, Ino(message.ino), SliceId(message.slice_id), blocks, list(message.chunks))
+    slice_id = SliceId(message.slice_id)
+    used, is_whole = await _used(own, Ino(message.ino), slice_id, blocks, list(message.chunks))
     if blocks[0] not in used:
         raise FsError(
             E.ENOENT, f"block {blocks[0]} of slice {message.slice_id} is not in inode {message.ino} (any more)"
         )
+    if own.confined_maps is not None and not is_whole and not await own.confined_maps.may_sign(slice_id):
+        raise FsError(E.ENOENT, f"slice {slice_id} has bytes of other files, or is gone: read the map again")
     return await _signed_get(own, message.slice_id, blocks, used)
 
 
@@ -123,27 +128,35 @@ def _require_own(own: _Session, slice_id: int) -> None:
         raise FsError(E.ESTALE, f"slice {slice_id} is not of this session, or its session has ended")
 
 
-async def _used(own: _Session, ino: Ino, slice_id: SliceId, blocks: Sequence[int], chunks: Sequence[int]) -> set[int]:
-    """Return in which of these blocks pieces of the file lie, by the chunks where they should be.
+async def _used(
+    own: _Session, ino: Ino, slice_id: SliceId, blocks: Sequence[int], chunks: Sequence[int]
+) -> tuple[set[int], bool]:
+    """Return in which of these blocks pieces of the file lie, by the chunks where they should be; if one is the whole slice.
 
     If the first one is not found there it is looked for in all of the file, page by page: a slice may be used several times.
     """
     used: set[int] = set()
-    block_bytes = own.format.block_bytes
+    is_whole = False
+
+    async def look(start: int, end: int) -> int:
+        nonlocal is_whole
+        found = await own.read_map(ino, start=start, end=end)
+        refs = [ref for ref in found.refs if ref.slice_id == slice_id]
+        is_whole |= any(ref.length == found.slices[slice_id].length for ref in refs)
+        used.update(_blocks_of(refs, own.format.block_bytes))
+        return found.end
+
     for chunk in dict.fromkeys(chunks):
-        found = await own.read_map(ino, start=chunk * CHUNK_BYTES, end=(chunk + 1) * CHUNK_BYTES)
-        used |= _blocks_of(found.refs, slice_id, block_bytes)
+        await look(chunk * CHUNK_BYTES, (chunk + 1) * CHUNK_BYTES)
     start = 0
     while blocks[0] not in used and start < MAX_FILE_BYTES:
-        found = await own.read_map(ino, start=start, end=min(start + _PAGE_BYTES, MAX_FILE_BYTES))
-        used |= _blocks_of(found.refs, slice_id, block_bytes)
-        start = max(found.end, start + _PAGE_BYTES)
-    return used
+        end = await look(start, min(start + _PAGE_BYTES, MAX_FILE_BYTES))
+        start = max(end, start + _PAGE_BYTES)
+    return used, is_whole
 
 
-def _blocks_of(refs: Iterable[SliceRef], slice_id: SliceId, block_bytes: int) -> set[int]:
+def _blocks_of(refs: Iterable[SliceRef], block_bytes: int) -> set[int]:
     found: set[int] = set()
     for ref in refs:
-        if ref.slice_id == slice_id:
-            found.update(range(ref.slice_offset // block_bytes, -(-(ref.slice_offset + ref.length) // block_bytes)))
+        found.update(range(ref.slice_offset // block_bytes, -(-(ref.slice_offset + ref.length) // block_bytes)))
     return found

@@ -28,10 +28,10 @@ from metasvc.engine.packing import Packing
 from metasvc.jobs.backups import BackupPolicy, Backups, Shelf
 from metasvc.jobs.backups.keeping import AT_ONCE
 from metasvc.jobs.collecting import delete_objects
+from metasvc.jobs.reading import PackReader
 from metasvc.jobs.schedule import JobRates, Jobs
 from metasvc.model import Garbage
 from metasvc.server.access import URL_LIFE_S
-from metasvc.server.confined import PackReader
 
 if TYPE_CHECKING:
     from chunkstore.buckets.retry import RetryingStore

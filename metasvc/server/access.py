@@ -8,21 +8,28 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
 from chunkstore.signing import S3Signer
 from metasvc.api.bucket_keys import check_keys
 from metasvc.errors import FsError
-from metasvc.model import VolumeFormat
+from metasvc.model import Slice, VolumeFormat
 from metasvc.server.keys import BucketKeys, KeysLocked
-
-if TYPE_CHECKING:
-    from metasvc.server.confined import PackReader
 
 __all__ = ["URL_LIFE_S", "VolumeAccess"]
 
 URL_LIFE_S: Final = 900
 """So long a URL may be used: also by a client that has ended, for a file that is gone."""
+
+
+class Packs(Protocol):
+    """What reads packs for clients that may not have them whole."""
+
+    async def read(self, pack: Slice, start: int, end: int) -> bytes:
+        """Return bytes of a pack. Errors of the bucket."""
+
+    async def prefetch(self, pack: Slice) -> None:
+        """Start to fetch a pack whole."""
 
 
 class VolumeAccess:
@@ -36,7 +43,7 @@ class VolumeAccess:
         self._is_read = False
         self._reading = asyncio.Lock()
         self._signer: tuple[Mapping[str, str], S3Signer] | None = None
-        self.packs: PackReader | None = None
+        self.packs: Packs | None = None
         """What reads packs, while the jobs of the volume run."""
 
     async def kept(self) -> Mapping[str, str] | None:
@@ -69,7 +76,7 @@ class VolumeAccess:
             raise FsError(errno.ENOTSUP, "the service signs no URLs for this volume: its keys are in the environment")
         return signer
 
-    def require_packs(self) -> PackReader:
+    def require_packs(self) -> Packs:
         """Return what reads packs. EAGAIN while the volume is being opened or closed."""
         if self.packs is None:
             raise FsError(errno.EAGAIN, "the service does not read packs now: the volume is being opened or closed")

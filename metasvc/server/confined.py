@@ -1,48 +1,40 @@
 """Chunk maps for sessions that are confined to a directory: no byte that is not in the file.
 
-A slice may hold more than a file shows of it. A pack holds small files of the whole volume, and a small slice that a file shares
-with another one, as after `copy_file_range`, is sent with all its bytes. So of small slices of which a file has a part such a
-session is told that part only, as an inline slice of its own; the service reads packs for it, and signs no URLs for them. Blocks of
-larger slices are signed for whole: what a file does not show of them was written beside it, to the same file or to one of
-which somebody copied a range.
+A slice may hold more than a file shows of it. A pack holds small files of the whole volume, and a small slice that a file
+shares with another one, as after `copy_file_range`, is sent with all its bytes. So of small slices of which a file has a part
+such a session is told that part only, as an inline slice of its own; the service reads packs for it, and signs no URLs for
+them. Blocks of larger slices are signed for whole: what a file does not show of them was written beside it, to the same file or
+to one of which somebody copied a range.
 
-A part has an id by itself, the same whenever it is told: clients join maps of different times and ranges by ids. It is one that
-no slice has, and cannot be asked for.
+A part has an id by itself, the same whenever it is told: clients join maps of different times and ranges by ids. It is one
+that no slice has, and cannot be asked for.
 
 Interleavings. A map is read in one step, which of its slices are packs in a later one, the bytes later still. A pack that has
-gone meanwhile is told as it is: the client finds that no URL is signed for it, and reads the map anew. For a slice that is gone none
-is signed, as nobody knows any more what it was.
+gone meanwhile is told as it is: the client finds that no URL is signed for it, and reads the map anew. For a slice that is gone
+none is signed, as nobody knows any more what it was.
 """
 
 from __future__ import annotations
 
-import asyncio
 import struct
-import time
 from collections.abc import Callable, Coroutine, Iterable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from hashlib import blake2b
 from typing import Any, Final
 
 from chunkstore.geometry import SliceId
-from chunkstore.slices import ChunkStore, SliceInfo
-from metasvc.api import MetaClient
 from metasvc.engine.tx import Tx
 from metasvc.model import PACK_BYTES, FileMap, Ino, OpenFile, Slice, SliceKind, SliceRef
 from metasvc.server.access import VolumeAccess
 from metasvc.store.tables import PACK, SLICE
 
-__all__ = ["ConfinedMaps", "PackReader"]
+__all__ = ["ConfinedMaps"]
 
-_IDLE_S: Final = 30.0
-"""So long after the last read the chunk store is kept open."""
 _PART = struct.Struct("<QII")
 _PART_ID: Final = 1 << 62
 """Ids of slices are counted from 1."""
 
 Run = Callable[..., Coroutine[Any, Any, Any]]
 """Runs a rule."""
-Taken = Callable[[], AbstractAsyncContextManager[tuple[MetaClient, ChunkStore]]]
 
 
 class ConfinedMaps:
@@ -63,7 +55,7 @@ class ConfinedMaps:
         if packs and (reader := self._access.packs) is not None:
             for row in {row.slice_id: row for each in found.values() for row in each.slices.values()}.values():
                 if row.slice_id in packs:
-                    await reader.prefetch(_info(row))
+                    await reader.prefetch(row)
         return {ino: await self._cut(each, packs) for ino, each in found.items()}
 
     async def of_open(self, answer: OpenFile) -> OpenFile:
@@ -114,76 +106,7 @@ class ConfinedMaps:
         start, end = ref.slice_offset, ref.slice_offset + ref.length
         if row.kind == SliceKind.INLINE:
             return row.data[start:end]
-        return await self._access.require_packs().read(_info(row), start, end)
-
-
-class PackReader:
-    """Read packs with the chunk store of the volume's jobs, which is held open while it is used.
-
-    Interleavings: who comes first opens it, others wait for that (`_turn`). `_closing` lets go of it when nobody has used it for a
-    while; whoever reads is counted before it looks.
-    """
-
-    def __init__(self, taken: Taken) -> None:
-        """Take what opens the chunk store. `close` must be called before the bucket is closed."""
-        self._taken = taken
-        self._turn = asyncio.Lock()
-        self._stack: AsyncExitStack | None = None
-        self._chunks: ChunkStore
-        self._users = 0
-        self._used_s = 0.0
-        self._closing: asyncio.Task[None] | None = None
-
-    async def read(self, info: SliceInfo, start: int, end: int) -> bytes:
-        """Return bytes of a slice. Errors of the bucket."""
-        chunks = await self._use()
-        try:
-            return bytes(await chunks.read(info, start, end))
-        finally:
-            self._unuse()
-
-    async def prefetch(self, info: SliceInfo) -> None:
-        """Start to fetch a slice whole."""
-        chunks = await self._use()
-        try:
-            chunks.prefetch(info, 0, info.length, in_pieces=True)
-        finally:
-            self._unuse()
-
-    async def close(self) -> None:
-        """Let go of the chunk store."""
-        async with self._turn:
-            # So it rests, or waits for its turn: it is not in the middle of closing.
-            if self._closing is not None:
-                self._closing.cancel()
-            await self._let_go()
-
-    async def _use(self) -> ChunkStore:
-        async with self._turn:
-            if self._stack is None:
-                stack = AsyncExitStack()
-                _, self._chunks = await stack.enter_async_context(self._taken())
-                self._stack = stack
-                self._closing = asyncio.create_task(self._close_when_idle(), name="reader of packs")
-            self._users += 1
-        return self._chunks
-
-    def _unuse(self) -> None:
-        self._users -= 1
-        self._used_s = time.monotonic()
-
-    async def _close_when_idle(self) -> None:
-        while True:
-            await asyncio.sleep(_IDLE_S)
-            async with self._turn:
-                if not self._users and time.monotonic() - self._used_s >= _IDLE_S:
-                    await self._let_go()
-                    return
-
-    async def _let_go(self) -> None:
-        stack, self._stack = self._stack, None
-        if stack is not None:
-            await stack.aclose()
+        return await self._access.require_packs().read(row, start, end)
 
 
 def _is_part(ref: SliceRef, row: Slice) -> bool:
@@ -195,10 +118,6 @@ def _part_id(ref: SliceRef) -> SliceId:
     """Return an id that no slice has, nor any other part."""
     packed = _PART.pack(ref.slice_id, ref.slice_offset, ref.length)
     return SliceId(_PART_ID | int.from_bytes(blake2b(packed, digest_size=8).digest()) >> 2)
-
-
-def _info(row: Slice) -> SliceInfo:
-    return SliceInfo(row.slice_id, row.length, row.data)
 
 
 def _packs_among(tx: Tx, slice_ids: tuple[SliceId, ...]) -> frozenset[SliceId]:

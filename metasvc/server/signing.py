@@ -3,9 +3,10 @@
 Owns the operations `block_access`, `sign_get`, `sign_own` and `sign_put` of a session. A URL that reads a block is signed if a
 piece of the named file lies in that block at this moment, which is looked up in the map of the file: block by block, as a file
 may share a part of a slice with another one that is out of the client's reach. A pack is one block with the bytes of many small
-files: whoever is confined to a directory gets no URL for it, and has the bytes with the map (metasvc.server.confined). A URL that puts is signed for ids that were handed out to this very session,
-which lives. Whoever has a URL may use it until it expires, also when the file has changed or the session has ended: so objects
-are deleted later than that (`metasvc.jobs.served`).
+files: whoever is confined to a directory gets no URL for it, and has the bytes with the map (metasvc.server.confined). A URL
+that puts is signed for ids that were handed out to this very session, which lives. Whoever has a URL may use it
+until it expires, also when the file has changed or the session has ended: so objects are deleted later than that
+(`metasvc.jobs.served`).
 """
 
 from __future__ import annotations

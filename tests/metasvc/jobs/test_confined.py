@@ -30,11 +30,12 @@ from metasvc.api import atoll_pb2 as pb
 from metasvc.api.server import Server
 from metasvc.engine import first_rows
 from metasvc.errors import FsError
+from metasvc.jobs import reading
 from metasvc.jobs.packing import LEAST_BYTES
+from metasvc.jobs.reading import PackReader
 from metasvc.jobs.schedule import JobRates
 from metasvc.jobs.served import ServedJobs
 from metasvc.model import ROOT_INO, FileMap, Ino, SliceKind
-from metasvc.server import confined
 from metasvc.server.keys import BucketKeys, MasterKeys
 from metasvc.server.operations import OPERATIONS
 from metasvc.server.volumes import Volume
@@ -249,12 +250,13 @@ async def test_an_inline_slice_is_told_no_further_than_the_file_shows_it(tmp_pat
 async def test_the_chunk_store_for_packs_is_opened_again_after_a_rest(
     tmp_path: Path, bucket: Bucket, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(confined, "_IDLE_S", 0.05)
+    monkeypatch.setattr(reading, "_IDLE_S", 0.05)
     async with keeping_keys(tmp_path, bucket) as service:
         async with session(service) as client, mounted(client, tmp_path / "writer") as vfs:
             written = await fill(vfs, random.Random(seed), files=900)
             await until_packed(await service.volume())
         reader = (await service.volume()).access.require_packs()
+        assert isinstance(reader, PackReader)
         async with session(service, directory="mine") as client, mounted(client, tmp_path / "reader") as vfs:
             for name in list(written[b"mine"])[:800:200]:
                 assert await content(vfs, vfs.root, name) == written[b"mine"][name]

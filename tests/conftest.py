@@ -31,6 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = str(_SEED)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Processes that share the tests (pytest-xdist) make the same choices.
+    os.environ[_SEED_VARIABLE] = str(_SEED)
 
 
 def pytest_runtest_setup() -> None:

@@ -477,6 +477,17 @@ class Usage:
     """Sum of what quotas are charged with."""
 
 
+class TenantUse(NamedTuple):
+    """What all volumes of a tenant hold together, by what their owners said last, and what they may hold."""
+
+    used_bytes: int
+    used_inodes: int
+    max_bytes: int
+    """0: no limit."""
+    max_inodes: int
+    """0: no limit."""
+
+
 @dataclass(frozen=True, slots=True)
 class MetaStatus:
     """What the owner of a volume says of itself."""
@@ -493,6 +504,8 @@ class MetaStatus:
     garbage_slices: int
     counters: dict[str, int] = field(default_factory=dict)
     """Operations, batches and the like, for metrics: monotonic."""
+    tenant: TenantUse | None = None
+    """Of a service's volume, for administrators."""
 
 
 def chunk_index(offset: int) -> int:

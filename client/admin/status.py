@@ -57,6 +57,7 @@ async def status(asked: Asked) -> JsonObject:
             for session in found.sessions
         ],
         "counters": found.counters,
+        "tenant": None if found.tenant is None else found.tenant._asdict(),
     }
     if mounting is not None:
         chunks = mounting.chunks

@@ -44,6 +44,8 @@ def _lines(document: JsonObject) -> list[tuple[str, str]]:
         ("garbage", f"{document['garbage_slices']:,} slices"),
         ("owner", f"{document['owner']}, epoch {document['epoch']}"),
     ]
+    if (tenant := document["tenant"]) is not None:
+        pairs.append(("tenant", tenant_line(form["tenant"], tenant)))
     if holder is None:
         pairs.append(("holder", "none: the volume is not mounted"))
     else:
@@ -62,6 +64,14 @@ def _lines(document: JsonObject) -> list[tuple[str, str]]:
         where = session["mountpoint"] or "no mount"
         pairs.append(("session", f"{session['session_id']}: {session['host']} pid {session['pid']}, {where}"))
     return pairs
+
+
+def tenant_line(name: str, use: JsonObject) -> str:
+    """Tell what all volumes of a tenant hold."""
+    return (
+        f"{name}: {format_size(use['used_bytes'])} used of {limit(use['max_bytes'])}, "
+        f"{use['used_inodes']:,} inodes of {limit(use['max_inodes'], size=False)}"
+    )
 
 
 def _options(holder: JsonObject) -> str:

@@ -10,22 +10,33 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import click
 
 from client.address import EmbeddedAddress
 from client.cli.ask import Named, ask, named_volume
+from client.cli.status import tenant_line
 from client.sizes import format_size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 Sample = Mapping[str, float]
-Source = Callable[[], tuple[Sample, list[tuple[str, ...]]]]
-"""Returns the counters and the rows of a table of sessions."""
+
+
+class Looked(NamedTuple):
+    """What was seen at one moment."""
+
+    sample: Sample
+    lines: Sequence[str] = ()
+    """Of a service's volume: who owns it, what its tenant has."""
+    sessions: Sequence[tuple[str, ...]] = ()
+
+
+Source = Callable[[], Looked]
 
 OPERATIONS_SHOWN: Final = 12
 
@@ -45,24 +56,24 @@ def command(address: str, *, interval: float, count: int | None) -> None:
     named = named_volume(address)
     console = Console()
     with _source(named) as source, Live(console=console, auto_refresh=False, transient=False) as live:
-        before, before_s = source()[0], time.monotonic()
+        before, before_s = source().sample, time.monotonic()
         shown = 0
         while count is None or shown < count:
             time.sleep(interval)
-            (now, sessions), now_s = source(), time.monotonic()
-            picture = _picture(str(named.address), before, now, sessions, now_s - before_s)
+            now, now_s = source(), time.monotonic()
+            picture = _picture(str(named.address), before, now, now_s - before_s)
             if sys.stdout.isatty():
                 live.update(picture, refresh=True)
             else:
                 console.print(picture)
-            before, before_s = now, now_s
+            before, before_s = now.sample, now_s
             shown += 1
 
 
 @contextmanager
 def _source(named: Named) -> Iterator[Source]:
     if isinstance(named.address, EmbeddedAddress) or named.mountpoint:
-        yield lambda: (_of_mount(named), [])
+        yield lambda: Looked(_of_mount(named))
         return
     from client.volume import open_volume
 
@@ -71,13 +82,16 @@ def _source(named: Named) -> Iterator[Source]:
         volume = runner.run(opening.__aenter__())
         try:
 
-            def look() -> tuple[Sample, list[tuple[str, ...]]]:
+            def look() -> Looked:
                 status = runner.run(volume.admin.status())
                 sessions: list[tuple[str, ...]] = [
                     (str(each.session_id), each.host, str(each.pid), each.mountpoint or "-") for each in status.sessions
                 ]
                 usage = {"used_bytes": status.statfs.used_bytes, "used_inodes": status.statfs.used_inodes}
-                return {**status.counters, **usage}, sessions
+                lines = [f"owner {status.owner}, epoch {status.epoch}"]
+                if status.tenant is not None:
+                    lines.append(f"tenant {tenant_line(status.format.tenant, status.tenant._asdict())}")
+                return Looked({**status.counters, **usage}, lines, sessions)
 
             yield look
         finally:
@@ -91,12 +105,12 @@ def _of_mount(named: Named) -> Sample:
     return {name: float(value) for name, value in parse_metrics("\n".join(lines)).items()}
 
 
-def _picture(
-    title: str, before: Sample, now: Sample, sessions: list[tuple[str, ...]], seconds: float
-) -> RenderableType:
+def _picture(title: str, before: Sample, looked: Looked, seconds: float) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
+
+    now = looked.sample
 
     def rate(name: str) -> float:
         return max(0.0, now.get(name, 0.0) - before.get(name, 0.0)) / seconds
@@ -109,9 +123,9 @@ def _picture(
             table.add_row(operation, f"{per_second:,.1f}", f"{mean_ms:.3f}")
         parts.append(table)
     else:
-        parts += [Text(line) for line in _service_lines(now, rate)]
+        parts += [Text(line) for line in (*looked.lines, *_service_lines(now, rate))]
         table = Table("session", "host", "pid", "mounted at", box=None)
-        for row in sessions:
+        for row in looked.sessions:
             table.add_row(*map(Text, row))
         parts.append(table)
     return Group(*parts)

@@ -30,6 +30,7 @@ from metasvc.model import (
     Slice,
     SliceRef,
     StatFs,
+    TenantUse,
     Trashed,
     TrashId,
     Usage,
@@ -81,6 +82,7 @@ class RemoteAdmin:
             trash_inodes=found.trash_inodes,
             garbage_slices=found.garbage_slices,
             counters=dict(found.counters),
+            tenant=wire.row_of(TenantUse, found.tenant) if found.HasField("tenant") else None,
         )
 
     async def resolve(self, path: Sequence[bytes]) -> Inode:

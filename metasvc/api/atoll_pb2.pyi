@@ -2386,6 +2386,7 @@ class Status(_message.Message):
     GARBAGE_SLICES_FIELD_NUMBER: _builtins.int
     COUNTERS_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     trash_bytes: _builtins.int
     trash_inodes: _builtins.int
@@ -2399,6 +2400,10 @@ class Status(_message.Message):
     def statfs(self) -> Global___StatFsReply: ...
     @_builtins.property
     def counters(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    @_builtins.property
+    def tenant(self) -> Global___Tenant:
+        """Without its name and volumes. For administrators."""
+
     def __init__(
         self,
         *,
@@ -2411,10 +2416,11 @@ class Status(_message.Message):
         garbage_slices: _builtins.int = ...,
         counters: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         owner: _builtins.str = ...,
+        tenant: Global___Tenant | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "statfs", b"statfs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "statfs", b"statfs", "tenant", b"tenant"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "epoch", b"epoch", "format", b"format", "garbage_slices", b"garbage_slices", "owner", b"owner", "sessions", b"sessions", "statfs", b"statfs", "trash_bytes", b"trash_bytes", "trash_inodes", b"trash_inodes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "epoch", b"epoch", "format", b"format", "garbage_slices", b"garbage_slices", "owner", b"owner", "sessions", b"sessions", "statfs", b"statfs", "tenant", b"tenant", "trash_bytes", b"trash_bytes", "trash_inodes", b"trash_inodes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,7 +24,7 @@ from metasvc.model import ROOT_INO, Ino
 from metasvc.server.audit import audited
 from metasvc.server.names import check_name, volume_name
 from metasvc.server.rights import Rights
-from metasvc.server.tenant_space import Limits, limits_name, read_limits, read_shares, shares_name
+from metasvc.server.tenant_space import Limits, limits_name, read_limits, read_shares, shares_name, use_of
 from metasvc.server.tokens import TokenInfo, Tokens, new_token
 from metasvc.server.volumes import Volumes
 from metasvc.store import Store
@@ -103,15 +103,8 @@ class Managing:
         return reply
 
     async def _tenant(self, name: str, volumes: list[str]) -> pb.Tenant:
-        limits, shares = await read_limits(self._store, name), (await read_shares(self._store, name)).values()
-        return pb.Tenant(
-            name=name,
-            max_bytes=limits.max_bytes,
-            max_inodes=limits.max_inodes,
-            used_bytes=sum(share.used_bytes for share in shares),
-            used_inodes=sum(share.used_inodes for share in shares),
-            volumes=volumes,
-        )
+        use = use_of(await read_limits(self._store, name), await read_shares(self._store, name))
+        return pb.Tenant(name=name, volumes=volumes, **use._asdict())
 
     async def _delete_tenant(self, asked: pb.DeleteTenant, rights: Rights) -> pb.ManageReply:
         check_name(asked.name)

@@ -6,12 +6,14 @@ happen; sizes and ages are looked at when somebody asks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from metasvc.model import TenantUse
 
 if TYPE_CHECKING:
     from metasvc.server.volumes import Volume
@@ -21,13 +23,14 @@ _LATENCIES_S: Final = tuple(0.0001 * 2**power for power in range(18))
 _ROWS: Final = tuple(float(1 << power) for power in range(15))
 
 Gather = Callable[[], "Iterable[Volume]"]
+GatherTenants = Callable[[], Mapping[str, TenantUse]]
 
 
 class ServiceMetrics:
     """All numbers of one service."""
 
-    def __init__(self, volumes: Gather) -> None:
-        """``volumes`` returns those that are open."""
+    def __init__(self, volumes: Gather, tenants: GatherTenants) -> None:
+        """``volumes`` returns those that are open, ``tenants`` what their tenants hold."""
         self._registry = CollectorRegistry()
         self._requests = Histogram(
             "atoll_meta_request_duration_seconds",
@@ -60,6 +63,7 @@ class ServiceMetrics:
         self.running = 0
         """Requests under way, of all sessions of all volumes."""
         self._registry.register(_Volumes(volumes))
+        self._registry.register(_Tenants(tenants))
 
     def observe_request(self, operation: str, duration_s: float, *, failed: bool) -> None:
         """Count a request that is answered."""
@@ -131,4 +135,30 @@ class _Volumes(Collector):
                 families["atoll_meta_jobs_runs"].add_metric([volume.name, job], state.runs)
                 families["atoll_meta_jobs_failures"].add_metric([volume.name, job], state.failures)
                 families["atoll_meta_jobs_done"].add_metric([volume.name, job], state.done)
+        yield from families.values()
+
+
+class _Tenants(Collector):
+    """What the volumes of tenants hold together, of those tenants of whose volumes this process owns some."""
+
+    def __init__(self, tenants: GatherTenants) -> None:
+        self._tenants = tenants
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing beforehand: there may be no tenant."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        texts = {
+            "used_bytes": "Bytes of the files of a tenant's volumes, by what their owners said last.",
+            "used_inodes": "Inodes of a tenant's volumes, by what their owners said last.",
+            "max_bytes": "What a tenant's volumes may hold together; 0: no limit.",
+            "max_inodes": "How many inodes a tenant's volumes may have together; 0: no limit.",
+        }
+        families = {
+            name: GaugeMetricFamily(f"atoll_tenant_{name}", text, labels=["tenant"]) for name, text in texts.items()
+        }
+        for tenant, use in self._tenants().items():
+            for name, value in use._asdict().items():
+                families[name].add_metric([tenant], value)
         yield from families.values()

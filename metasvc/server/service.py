@@ -228,8 +228,10 @@ class Service:
     async def _administer(self, request: pb.AdminRequest, call: _Call) -> Message:
         volume = await self._volume(call)
         reply = await administer(volume.admin, request, call.rights, peer=call.peer, volume=volume.name)
-        if reply.HasField("status"):
+        if reply.HasField("status") and not call.rights.is_confined:
             reply.status.counters.update(volume.job_counters())
+            if call.rights.is_admin and (use := volume.tenant_use) is not None:
+                wire.put_row(use, reply.status.tenant)
         return reply
 
     async def _check(self, call: _Call, frames: Frames) -> None:

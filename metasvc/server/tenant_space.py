@@ -42,9 +42,10 @@ from metasvc.engine import Engine
 from metasvc.engine.accounts import USED_BYTES, USED_INODES, VOLUME_RESERVATION
 from metasvc.engine.tx import Allowance
 from metasvc.errors import StoreError, TenantFull
+from metasvc.model import TenantUse
 from metasvc.store import Store
 
-__all__ = ["Limits", "Share", "TenantSpace", "limits_name", "read_limits", "read_shares", "shares_name"]
+__all__ = ["Limits", "Share", "TenantSpace", "limits_name", "read_limits", "read_shares", "shares_name", "use_of"]
 
 LOOK_S: Final = 5.0
 FULL_S: Final = 0.5
@@ -105,6 +106,13 @@ async def read_shares(store: Store, tenant: str) -> Shares:
     return _shares_of(await store.setting(shares_name(tenant)))
 
 
+def use_of(limits: Limits, shares: Shares) -> TenantUse:
+    """Return what a tenant's volumes hold together."""
+    used_bytes = sum(share.used_bytes for share in shares.values())
+    used_inodes = sum(share.used_inodes for share in shares.values())
+    return TenantUse(used_bytes, used_inodes, limits.max_bytes, limits.max_inodes)
+
+
 class TenantSpace:
     """The shares of the volumes that this process owns."""
 
@@ -114,6 +122,8 @@ class TenantSpace:
         """By uuid."""
         self._full_until_s: dict[str, float] = {}
         self._turns: dict[str, asyncio.Lock] = {}
+        self.uses: dict[str, TenantUse] = {}
+        """By tenant, of those of whose volumes this process owns some, some seconds old."""
 
     def _turn(self, tenant: str) -> asyncio.Lock:
         return self._turns.setdefault(tenant, asyncio.Lock())
@@ -129,6 +139,8 @@ class TenantSpace:
         if self._engines.get(engine.format.uuid) is engine:
             del self._engines[engine.format.uuid]
             self._full_until_s.pop(engine.format.uuid, None)
+            if not any(other.format.tenant == engine.format.tenant for other in self._engines.values()):
+                self.uses.pop(engine.format.tenant, None)
 
     async def forget(self, tenant: str, uuid: str) -> None:
         """Take back the share of a volume that was deleted. StoreError."""
@@ -156,12 +168,13 @@ class TenantSpace:
         """Bring the shares of volumes up to date, and what is known of their use; ``is_new``: those of earlier owners, too."""
         limits = await read_limits(self._store, tenant)
 
-        def adapt(shares: Shares) -> list[tuple[Engine, Allowance]]:
+        def adapt(shares: Shares) -> tuple[list[tuple[Engine, Allowance]], TenantUse]:
             mine = [engine for engine in engines if is_new or not _is_succeeded(engine, shares)]
-            return [(engine, _adapted(engine, limits, shares)) for engine in mine]
+            return [(engine, _adapted(engine, limits, shares)) for engine in mine], use_of(limits, shares)
 
         async with self._turn(tenant):
-            for engine, allowance in await self._change(tenant, adapt):
+            adapted, self.uses[tenant] = await self._change(tenant, adapt)
+            for engine, allowance in adapted:
                 engine.allowance = allowance
 
     def _more_room(self, engine: Engine) -> Callable[[TenantFull], Awaitable[bool]]:

@@ -39,7 +39,7 @@ from metasvc.engine.accounts import USED_BYTES, USED_INODES
 from metasvc.engine.engine import DEFAULT_MEMORY_BYTES
 from metasvc.engine.memory_budget import MemoryBudget
 from metasvc.errors import FsError, NotOwner, VolumeIncomplete, VolumeMissing
-from metasvc.model import Ino, SessionId, VolumeFormat
+from metasvc.model import Ino, SessionId, TenantUse, VolumeFormat
 from metasvc.server.access import VolumeAccess
 from metasvc.server.keys import BucketKeys
 from metasvc.server.metrics import ServiceMetrics
@@ -154,6 +154,11 @@ class Volume:
         if work is not None:
             volume._start(work(volume), name="jobs")
         return volume
+
+    @property
+    def tenant_use(self) -> TenantUse | None:
+        """Return what the volumes of its tenant hold, if that is known."""
+        return None if self._space is None else self._space.uses.get(self.engine.format.tenant)
 
     @property
     def format(self) -> VolumeFormat:
@@ -349,7 +354,7 @@ class Volumes:
         self._objects_url = objects_url
         self._work = work
         self._keys = keys
-        self.metrics = ServiceMetrics(lambda: self)
+        self.metrics = ServiceMetrics(lambda: self, lambda: self.space.uses)
         self.store = store
         self.expiry_s = expiry_s
         self._return_s = return_s

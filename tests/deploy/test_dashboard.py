@@ -123,6 +123,8 @@ def test_what_people_look_for_has_a_panel() -> None:
         "atoll_meta_leases",
         "atoll_meta_lease_recalls_total",
         "atoll_meta_owner_epoch",
+        "atoll_tenant_used_bytes",
+        "atoll_tenant_max_bytes",
         "atoll_bucket_requests_total",
         "atoll_bucket_bytes_total",
         "atoll_chunk_cache_hit_bytes_total",

@@ -116,6 +116,9 @@ def test_the_page_names_every_metric_and_no_other(tmp_path: Path) -> None:
         shown = atoll("top", running.address(), "--count", "1", "--interval", "0.2", environment=volume.environment)
         assert shown.returncode == 0, shown
         assert str(volume.path) in shown.stdout
+        assert re.search(r"^owner atoll://[\d.:]+, epoch \d+$", shown.stdout, re.MULTILINE)
+        assert re.search(r"^tenant acme: .* used of unlimited, ", shown.stdout, re.MULTILINE)
+        assert 'atoll_tenant_max_bytes{tenant="acme"} 0.0' in text
     assert seen == documented("Of a mount")
 
 

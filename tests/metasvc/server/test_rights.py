@@ -810,3 +810,24 @@ def test_an_operation_names_all_its_inodes_to_the_guard(name: str) -> None:
     assert set(operation.directories) <= set(operation.inos)
     has_caller = "caller" in message.fields_by_name
     assert operation.changes == (has_caller or name in ("allocate_slices", "reserve", "sign_put"))
+
+
+@in_world
+async def test_status_tells_each_what_is_its_own(world: World) -> None:
+    tokens = {
+        "admin": world.service.token,
+        "user": await world.token(),
+        "confined": await world.token("inside"),
+    }
+    found = {
+        who: await RemoteAdmin(world.endpoint(token), "team/data", timeout_s=20).status()
+        for who, token in tokens.items()
+    }
+    used = found["admin"].tenant
+    assert used is not None
+    assert (used.max_bytes, used.max_inodes) == (0, 0)
+    assert found["user"].tenant is None
+    assert found["confined"].tenant is None
+    assert found["user"].counters.keys() == found["admin"].counters.keys()
+    assert found["user"].sessions
+    assert (found["confined"].counters, found["confined"].sessions) == ({}, [])

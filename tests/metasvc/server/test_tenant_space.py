@@ -15,7 +15,7 @@ import pytest
 from metasvc.engine import Engine, EngineAdmin, EngineSession, first_rows
 from metasvc.engine.accounts import USED_BYTES, USED_INODES
 from metasvc.errors import Fenced, FsError, StoreError, TenantFull
-from metasvc.model import ROOT_INO, SPACE_UNIT_BYTES
+from metasvc.model import ROOT_INO, SPACE_UNIT_BYTES, TenantUse
 from metasvc.server.tenant_space import Limits, TenantSpace, limits_name, read_shares
 from metasvc.store.memory import MemoryStore
 from tests.metasvc.engine.volumes import ROOT, Opened, volume_format
@@ -135,6 +135,8 @@ async def test_volumes_hold_together_what_the_tenant_may_hold() -> None:
         with pytest.raises(FsError):
             await other.write(b"four", 4)  # some is taken ahead
         await one.look()
+        # The root directories, the file, and in the trash the one that was given up.
+        assert one.space.uses == {TENANT: TenantUse(6 * SPACE_UNIT_BYTES, 4, 10 * SPACE_UNIT_BYTES, 0)}
         await asyncio.sleep(0.6)  # nobody asks again for so long
         await other.write(b"four", 4)
         for each in (one, other):

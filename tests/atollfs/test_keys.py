@@ -7,9 +7,9 @@ from pathlib import Path
 
 from atollfs import AtollFileSystem
 from client.volume import TOKEN_VARIABLE
+from tests.mount.keys import MASTER
 from tests.mount.mounted import atoll
 from tests.mount.service import service
-from tests.mount.test_keys import MASTER
 from tests.servers.buckets import Bucket
 
 

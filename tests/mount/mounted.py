@@ -29,6 +29,8 @@ from tests.mount import stores
 ATOLL: Final = Path(sys.executable).with_name("atoll")
 """The command that the environment of these tests installed."""
 
+PROVIDER_VARIABLES: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+
 COMMAND_TIMEOUT_S: Final = 60
 """No command of a test's small volume takes longer, unless it hangs; a mount may wait 10 s for its predecessor's end."""
 
@@ -169,8 +171,11 @@ def mounted(
     mount_options: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     address: str | None = None,
+    keys_stay: bool = False,
 ) -> Iterator[MountedVolume]:
     """Format a volume, embedded under `directory` unless an address is given, mount it; unmount it, and demand a clean fsck.
+
+    ``keys_stay``: the keys of the bucket are in the environment of `format` and of the last fsck only; a service keeps them.
 
     If the body raised, the volume is unmounted all the same, by force if need be, and the body's exception is what is seen.
     With ATOLL_TEST_METADATA=service or ATOLL_TEST_STORE in the environment it is the volume of a service.
@@ -192,15 +197,19 @@ def mounted(
     path.mkdir()
     address = address or str(directory / "volume")
     bucket_url = dict(pairwise(format_options)).get("--bucket", f"file://{address}/objects")
+    given = dict(environment or {})
     volume = MountedVolume(
         address=address,
         path=path,
         cache_dir=cache_dir,
-        environment=dict(environment or {}),
+        environment=given,
         objects=Path(bucket_url.removeprefix("file://")),
     )
     try:
-        volume.atoll("format", volume.address, *format_options)
+        told = volume.atoll("format", volume.address, *format_options)
+        if keys_stay:
+            assert "clients need none" in told
+            volume.environment = {name: given[name] for name in given if name not in PROVIDER_VARIABLES}
         volume.mount(*mount_options)
         try:
             yield volume
@@ -210,6 +219,7 @@ def mounted(
             raise
         if is_mount_point(path):
             volume.unmount()
+        volume.environment = given
         volume.fsck()
     finally:
         volume.abandon()

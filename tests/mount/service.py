@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from tests.mount import stores
-from tests.mount.mounted import ATOLL, COMMAND_TIMEOUT_S, MountedVolume, atoll, mounted
+from tests.mount import keys, stores
+from tests.mount.mounted import ATOLL, COMMAND_TIMEOUT_S, PROVIDER_VARIABLES, MountedVolume, atoll, mounted
 from tests.servers.ports import HOST, free_ports
 
 TENANT: Final = "acme"
@@ -144,11 +144,17 @@ def mounted_from(
     *format_options: str,
     mount_options: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
+    keys_stay: bool = False,
 ) -> Iterator[MountedVolume]:
     """Format a volume of a service and mount it; at the end it is unmounted and must be clean."""
-    given = {**(environment or {}), "ATOLL_TOKEN": running.token}
-    address = running.address()
-    with mounted(directory, *format_options, mount_options=mount_options, environment=given, address=address) as volume:
+    with mounted(
+        directory,
+        *format_options,
+        mount_options=mount_options,
+        environment={**(environment or {}), "ATOLL_TOKEN": running.token},
+        address=running.address(),
+        keys_stay=keys_stay,
+    ) as volume:
         yield volume
 
 
@@ -166,13 +172,21 @@ def served_and_mounted(
     if "--bucket" not in format_options:
         (place / "objects").mkdir()
         format_options = (*format_options, "--bucket", f"file://{place}/objects")
+    keys_stay = keys.are_kept() and not set(PROVIDER_VARIABLES).isdisjoint(environment or ())
     with (
-        service(place, environment=environment, store_url=store_url) as running,
+        service(place, environment=keys.MASTER if keys_stay else environment, store_url=store_url) as running,
         mounted_from(
-            running, directory, *format_options, mount_options=mount_options, environment=environment
+            running,
+            directory,
+            *format_options,
+            mount_options=mount_options,
+            environment=environment,
+            keys_stay=keys_stay,
         ) as volume,
     ):
         yield volume
+        if keys_stay:
+            keys.assert_without_secret(volume, place)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ SHELL := /bin/bash
 ARGS ?=
 # What mounts without saying of what, or starts a service without naming a store.
 MOUNTING = tests/mount tests/client/transport tests/atollfs
+# Tests wait more than they work: as many processes share them as there are cores, up to four.
+SHARED = --numprocesses logical --maxprocesses 4 --dist worksteal
 # `make test` makes the same random choices each time; `make test-all` new ones, and prints their seed.
 test: export ATOLL_TEST_SEED ?= 1
 
@@ -23,18 +25,18 @@ stop: ## unmount ./mnt
 
 test: ## run all tests but the slow ones, real servers and mounts included
 	@scripts/setup.sh runtime test
-	.venv/bin/python -m pytest -m 'not slow' --durations=10 $(ARGS)
+	.venv/bin/python -m pytest $(SHARED) -m 'not slow' --durations=10 $(ARGS)
 
 test-all: ## run every test, those that mount on each kind of store too
 	@scripts/setup.sh runtime test
-	.venv/bin/python -m pytest --durations=20 $(ARGS)
+	.venv/bin/python -m pytest $(SHARED) --durations=20 $(ARGS)
 	$(if $(ARGS),,$(MAKE) test-stores)
 
 test-stores: ## run what mounts through a service on SQLite, PostgreSQL and Redis
 	@scripts/setup.sh runtime test
 	@set -e; for store in sqlite postgresql redis; do \
 	  echo "a service on $$store"; \
-	  ATOLL_TEST_STORE=$$store .venv/bin/python -m pytest -m 'not slow' $(MOUNTING) $(ARGS); \
+	  ATOLL_TEST_STORE=$$store .venv/bin/python -m pytest $(SHARED) -m 'not slow' $(MOUNTING) $(ARGS); \
 	done
 
 check: ## ruff, mypy and the rules about imports

@@ -62,7 +62,8 @@ class S3Signer:
         parts = urlsplit(endpoint)
         self._host = parts.netloc
         self._origin = f"{parts.scheme}://{parts.netloc}"
-        self._base = parts.path.rstrip("/") + path + (f"/{_quoted(place.prefix)}" if place.prefix else "")
+        self._bucket = parts.path.rstrip("/") + path
+        self._base = self._bucket + (f"/{_quoted(place.prefix)}" if place.prefix else "")
         self._payer = keys.get("AWS_REQUEST_PAYER", "").lower() in ("1", "true", "yes", "on", "requester")
         self._put_headers = {
             header: keys[name]
@@ -79,22 +80,36 @@ class S3Signer:
 
     def get(self, key: str, *, life_s: int) -> str:
         """Return a URL that reads an object, whole or a range, for so long."""
-        return self._signed("GET", key, {}, life_s)
+        return self._signed("GET", self._path(key), {}, life_s)
 
     def put(self, key: str, *, sha256: bytes, life_s: int) -> SignedPut:
         """Return what puts an object with these bytes, once and if there is none, for so long."""
         headers = {"if-none-match": "*", **self._put_headers}
         if self._has_checksum:
             headers["x-amz-checksum-sha256"] = base64.b64encode(sha256).decode()
-        return SignedPut(self._signed("PUT", key, headers, life_s), headers)
+        return SignedPut(self._signed("PUT", self._path(key), headers, life_s), headers)
 
-    def _signed(self, method: str, key: str, headers: Mapping[str, str], life_s: int) -> str:
+    def setting(self, name: str, *, sha256: bytes | None, life_s: int) -> SignedPut:
+        """Return what reads a setting of the bucket ("lifecycle" …), or with a digest what puts one with these bytes."""
+        path = self._bucket or "/"
+        if sha256 is None:
+            return SignedPut(self._signed("GET", path, {}, life_s, {name: ""}), {})
+        headers = {"x-amz-checksum-sha256": base64.b64encode(sha256).decode()}
+        return SignedPut(self._signed("PUT", path, headers, life_s, {name: ""}), headers)
+
+    def _path(self, key: str) -> str:
+        return f"{self._base}/{_quoted(key)}"
+
+    def _signed(
+        self, method: str, path: str, headers: Mapping[str, str], life_s: int, asked: Mapping[str, str] | None = None
+    ) -> str:
         now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self._clock()))
         day = now[:8]
         scope = f"{day}/{self._region}/s3/aws4_request"
         signed_headers = {"host": self._host, **headers}
         names = ";".join(sorted(signed_headers))
         query = {
+            **(asked or {}),
             "X-Amz-Algorithm": _ALGORITHM,
             "X-Amz-Credential": f"{self._key_id}/{scope}",
             "X-Amz-Date": now,
@@ -105,7 +120,6 @@ class S3Signer:
             query["X-Amz-Security-Token"] = self._token
         if self._payer:
             query["x-amz-request-payer"] = "requester"
-        path = f"{self._base}/{_quoted(key)}"
         text = "&".join(f"{name}={quote(value, safe='-_.~')}" for name, value in sorted(query.items()))
         lines = "".join(f"{name}:{signed_headers[name].strip()}\n" for name in sorted(signed_headers))
         request = f"{method}\n{path}\n{text}\n{lines}\n{names}\n{_UNSIGNED}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import click
+
 from client.address import Address, AddressInvalid, EmbeddedAddress, shown
 from metasvc.errors import VolumeExists
 
@@ -42,7 +44,8 @@ async def prepare_bucket(address: Address, url: str, *, create: bool) -> None:
         if create:
             from chunkstore.buckets.create import create_bucket
 
-            await create_bucket(url, env=os.environ)
+            for note in await create_bucket(url, env=os.environ):
+                click.echo(note, err=True)
         await bucket.probe()
     finally:
         await bucket.close()

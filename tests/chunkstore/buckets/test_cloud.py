@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 import time
+import urllib.request
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Self
@@ -25,6 +26,7 @@ from chunkstore.errors import (
     ObjectExists,
     ObjectMissing,
 )
+from chunkstore.signing import S3Signer
 from tests.servers.buckets import Bucket
 from tests.servers.faults import (
     Delay,
@@ -464,9 +466,15 @@ def test_a_bucket_is_created_once_and_again_without_harm(s3_server: SeaweedFS) -
     async def use() -> None:
         with pytest.raises(BucketInvalid):
             await _bare(bucket).probe()
-        for _ in range(2):
-            await create_bucket(bucket.url, env=bucket.environment)
+        told = [await create_bucket(bucket.url, env=bucket.environment) for _ in range(2)]
         await _bare(bucket).probe()
+        # What this server does not have is told, what is set already stays.
+        closed = "the bucket is not closed to the public: the provider says NotImplemented"
+        assert told[0] == [closed, "the bucket is rid of broken uploads after a week"]
+        assert told[1] == [closed, "lifecycle of the bucket stays as it was set"]
+        signed = S3Signer(bucket.url, bucket.environment).setting("lifecycle", sha256=None, life_s=60)
+        with urllib.request.urlopen(signed.url, timeout=20) as answer:
+            assert b"<AbortIncompleteMultipartUpload><DaysAfterInitiation>7<" in answer.read()
 
     try:
         _run(use())

@@ -212,9 +212,6 @@ def test_compose_names_only_what_it_has() -> None:
 # -- systemd ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(
-    shutil.which("systemd-analyze") is None, reason="needs systemd-analyze, of Debian's package systemd"
-)
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 def test_systemd_accepts_the_units(unit: Path, tmp_path: Path) -> None:
     name = unit.name.replace("@", "@mnt-data")

@@ -82,11 +82,13 @@ class Plan:
     crowd_pairs: int
     crowd: int
     """Connections at most."""
+    awaited: int
+    """So many kinds of crowds are waited for until the service has ended them."""
     only: str
 
 
-FULL: Final = Plan(pairs=8, window_s=0.7, crowd_pairs=3, crowd=10_000, only="")
-QUICK: Final = Plan(pairs=4, window_s=0.1, crowd_pairs=1, crowd=2_000, only="")
+FULL: Final = Plan(pairs=8, window_s=0.7, crowd_pairs=3, crowd=10_000, awaited=2, only="")
+QUICK: Final = Plan(pairs=3, window_s=0.05, crowd_pairs=1, crowd=2_000, awaited=1, only="")
 
 KINDS: Final[Sequence[tuple[str, float | None, bool]]] = (
     ("nothing", None, False),
@@ -424,10 +426,10 @@ def _run(place: Path, plan: Plan) -> tuple[list[Loss], dict[str, Any], list[str]
                 loss = attacked(grounds[is_encrypted], plan, kind, rate)
                 losses.append(replace(loss, kind=f"{kind} (TLS)") if is_encrypted else loss)
                 _tell(losses[-1])
-        for kind, most, is_awaited in CROWDS:
+        for number, (kind, most, is_awaited) in enumerate(CROWDS):
             if plan.only in kind:
                 count = min(plan.crowd, most)
-                for loss in crowded(grounds[False], plan, kind, count, is_awaited=is_awaited):
+                for loss in crowded(grounds[False], plan, kind, count, is_awaited=is_awaited and number < plan.awaited):
                     losses.append(loss)
                     _tell(loss)
         for ground in grounds.values():

@@ -4,8 +4,9 @@ Owns the bounds of a stream: how long a client may take to say Hello and to read
 it. Must not know what requests mean. What a session does goes on without its stream.
 
 What comes in starts requests at once (`_take`); what they answer goes out at the end of the turn of the loop, all of it in one
-message (`_flush`). Nothing is taken in while more than `QUEUE_BYTES` wait to be sent, so a client that does not read is not
-served either, and after frames.STALLED_S its connection ends. All state is touched on the event loop only.
+message (`_flush`). Nothing is taken in while more than `QUEUE_BYTES` wait to be sent, and what was taken in and has not begun
+waits as well (`is_full`), so a client that does not read is not served either, and after frames.STALLED_S its connection ends.
+All state is touched on the event loop only.
 """
 
 from __future__ import annotations
@@ -69,6 +70,10 @@ class Connection:
         self._session: ServedSession | None = None
         self.messages_in = 0
         self.messages_out = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self._out_bytes > QUEUE_BYTES
 
     def send(self, message: bytes, *, may_wait: bool = False) -> None:
         self._out.append(message)
@@ -253,3 +258,5 @@ class Connection:
                 self._frames.pause()
             else:
                 self._frames.resume()
+        if self._session is not None and not self.is_full:
+            self._session.has_room()

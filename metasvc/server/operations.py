@@ -65,6 +65,8 @@ class Operation:
     """It is not one step of the engine: what it names must be within reach before it and behind it."""
     changes: bool = False
     """Only for those who may write."""
+    is_long: bool = False
+    """Its answer may be as long as a page of a directory."""
     confine: Callable[[ConfinedMaps, Any], Awaitable[Any]] | None = None
     """What is left of the result for whoever is confined: of all results with maps."""
 
@@ -325,7 +327,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "lookup": Operation(lambda s, m, c: s.lookup(_ino(m.parent), m.name), _put_inode, inos=_IN, finds=True),
     "resolve": Operation(_resolve, _put_inodes, inos=("start",), finds=True),
     "getattr": Operation(_getattr, _put_inodes, inos=("inos",), may_miss=True),
-    "readdir": Operation(_readdir, _put_leased_page, inos=_OF, has_steps=True),
+    "readdir": Operation(_readdir, _put_leased_page, inos=_OF, has_steps=True, is_long=True),
     "extend_leases": Operation(_extend_leases, _put_leased, inos=("inos",), may_miss=True, has_steps=True),
     "mknod": _changes_in(_mknod, _put_inode),
     "symlink": _changes_in(lambda s, m, c: s.symlink(c, _ino(m.parent), m.name, m.target), _put_inode),
@@ -346,7 +348,9 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "create": _changes_in(_create, _put_opened, confine=ConfinedMaps.of_open),
     "release": Operation(lambda s, m, c: s.release(_ino(m.ino)), _nothing),
     "read_map": Operation(_read_map, _put_map, inos=_OF, confine=ConfinedMaps.of_map),
-    "read_maps": Operation(_read_maps, _put_maps, inos=("inos",), may_miss=True, confine=ConfinedMaps.of_maps),
+    "read_maps": Operation(
+        _read_maps, _put_maps, inos=("inos",), may_miss=True, confine=ConfinedMaps.of_maps, is_long=True
+    ),
     "allocate_slices": _changes_of(_allocate, _put_ids, inos=()),
     "reserve": _changes_of(_reserve, _put_count),
     "commit": _changes_of(lambda s, m, c: s.commit(c, _ino(m.ino), _commit(s, m)), _put_inode),

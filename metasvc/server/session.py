@@ -9,6 +9,11 @@ more (`quiet`), says what it has open, and repeats what it has no reply to. So a
 are never counted twice. A repeated request that was applied is answered from what was kept; `create` then counts its open,
 which the client could not know of.
 
+Requests that change nothing begin only when there is room for what they answer, and of those with long answers
+`LONG_AT_ONCE` run at a time (`_turn`). So what waits for a client that does not read is bounded by `QUEUE_BYTES` of its
+connection and the answers under way, and not by how much it asked for in one message. Between the room and the answer there is
+no room looked for: answers go out in the order in which they became true.
+
 What a client may do is said by the token of the connection that it has now (metasvc.server.rights). Every inode that a request
 of a confined session names, and every one that it is answered, is looked at in the same step as what the request does
 (`_run_confined`); requests that take several steps are looked at before and after.
@@ -21,7 +26,8 @@ import errno
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -47,6 +53,9 @@ MAX_OUTSTANDING: Final = 256
 WINDOW: Final = 1024
 """Numbers above the lowest that is not confirmed by which requests may run ahead: it bounds the replies that are kept."""
 
+LONG_AT_ONCE: Final = 4
+"""Requests of a session with long answers that run at a time. A page of 5,000 names is 0.5 to 1.5 MB, twice that on its way."""
+
 MAX_NUMBER: Final = 1 << 62
 """No request has a number like this: a thousand in a microsecond would take 146 years."""
 QUIET_LOOK_S: Final = 0.2
@@ -68,6 +77,7 @@ class _Asked(NamedTuple):
 
 
 _NOTHING_ASKED: Final = _Asked()
+_AT_ONCE: Final = nullcontext()
 _asked: ContextVar[_Asked] = ContextVar("the request under way", default=_NOTHING_ASKED)
 
 
@@ -77,6 +87,11 @@ class Misbehaved(Exception):
 
 class Outlet(Protocol):
     """Where the answers of a session go."""
+
+    @property
+    def is_full(self) -> bool:
+        """Return whether as much waits to be sent as may. When it is no longer so, `ServedSession.has_room` is called."""
+        ...
 
     def send(self, message: bytes, *, may_wait: bool = False) -> None:
         """Send an encoded FromService when there is room; one that ``may_wait`` with the next one. Never blocks."""
@@ -117,6 +132,11 @@ class ServedSession(EngineSession):
         self._run_free = self._run
         self._replies = ReplyLog(session_id, stored)
         self._running: dict[int, asyncio.Task[None]] = {}
+        self._long = asyncio.Semaphore(LONG_AT_ONCE)
+        self._room = asyncio.Event()
+        """Set when an outlet that was full has room again."""
+        self._before: set[asyncio.Task[Any]] = set()
+        """Requests under way that wait for their turn: they have done nothing."""
         self._puts: dict[int, tuple[Callable[[Any, pb.Reply], None], set[Ino]]] = {}
         """How the results of requests under way are written, and of which directories the reply is to tell."""
 
@@ -166,14 +186,14 @@ class ServedSession(EngineSession):
         return reached
 
     async def quiet(self) -> None:
-        """Wait until none of the requests so far is under way. Those that wait for a hold to end are given up.
+        """Wait until none of the requests so far is under way. Those that wait for a hold to end, or for room, are given up.
 
         They have done nothing, and the client asks again for what it has no reply to: else it could not come back for as long
-        as the hold lasts.
+        as the hold lasts, or what nobody reads any more would be made all the same.
         """
         while waited := list(self._running.values()):
             for task in waited:
-                if task in self._engine.held_back:
+                if task in self._engine.held_back or task in self._before:
                     task.cancel()
             # Others may come to wait for a hold meanwhile.
             await asyncio.wait(waited, timeout=QUIET_LOOK_S)
@@ -259,9 +279,12 @@ class ServedSession(EngineSession):
         directories = {Ino(getattr(message, field)) for field in operation.directories}
         self._puts[number] = (operation.keep or operation.put, directories)
         try:
-            result = await self._call(operation, message, caller)
-            kept = self._replies.get(number) if operation.keep is None else None
-            answer = await self._sendable(framed(_done(number, operation.put, result)) if kept is None else kept)
+            waits = not operation.changes and (operation.is_long or self._is_full)
+            async with self._turn(operation) if waits else _AT_ONCE:
+                began_s = time.monotonic()
+                result = await self._call(operation, message, caller)
+                kept = self._replies.get(number) if operation.keep is None else None
+                answer = await self._sendable(framed(_done(number, operation.put, result)) if kept is None else kept)
             failed = False
         except AtollError as error:
             if self._engine.failure is not None or isinstance(error, Fenced):
@@ -288,6 +311,32 @@ class ServedSession(EngineSession):
         self._running.pop(number, None)
         # Nobody waits for the reply to a release: it opens the window for more, and goes out with the next reply.
         self._send(answer, may_wait=name == "release")
+
+    def has_room(self) -> None:
+        """Take note that the outlet is no longer full."""
+        self._room.set()
+
+    @asynccontextmanager
+    async def _turn(self, operation: Operation) -> AsyncIterator[None]:
+        """Wait until an operation may begin, and hold its turn until its answer is ready."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._before.add(task)
+        try:
+            async with AsyncExitStack() as stack:
+                if operation.is_long:
+                    await stack.enter_async_context(self._long)
+                while self._is_full:
+                    self._room.clear()
+                    await self._room.wait()
+                self._before.discard(task)
+                yield
+        finally:
+            self._before.discard(task)
+
+    @property
+    def _is_full(self) -> bool:
+        return self.outlet is not None and self.outlet.is_full
 
     async def _call(self, operation: Operation, message: Any, caller: Caller) -> Any:
         """Run an operation, if the client may. EROFS, ENOENT."""

@@ -13,6 +13,9 @@ dropped. The queue is bounded by the callers: each waits for its one entry, and 
 sessions may have outstanding. All calls come from one event loop. Connections do not
 survive fork(): open the store after the process became a daemon.
 
+Calls come in lanes, one for each volume and one for what belongs to none. In a lane they run in their order; the lanes take
+turns, so a volume that is asked for hundreds of long scans delays what others ask by those that run, not by those that wait.
+
 The connection of an only thread is lent: before the thread waits for a call it lays it down (``_lent``), and with a call it
 takes it up again. Only the loop puts calls into the queue, so while the loop runs a call itself (`call_here`) the thread
 cannot wake.
@@ -24,7 +27,8 @@ import asyncio
 import contextlib
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Hashable
 from queue import SimpleQueue
 from typing import Any, Final, Generic, Protocol, TypeVar, TypeVarTuple, cast
 
@@ -53,6 +57,47 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
+class _Lanes:
+    """A queue of several lanes that take turns. Put in by one thread, taken out by several."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[Hashable, deque[Any]] = {}
+        """Those that are not empty, in the order of their turns."""
+        self._last: deque[Any] = deque()
+        self._lock = threading.Lock()
+        self._ready: SimpleQueue[None] = SimpleQueue()
+        """One for each entry."""
+
+    def put(self, lane: Hashable, entry: Any) -> None:
+        """Put an entry at the end of a lane."""
+        with self._lock:
+            self._lanes.setdefault(lane, deque()).append(entry)
+        self._ready.put(None)
+
+    def put_last(self, entry: Any) -> None:
+        """Put an entry behind all lanes, where more may come before it."""
+        with self._lock:
+            self._last.append(entry)
+        self._ready.put(None)
+
+    def get(self) -> Any:
+        """Wait for an entry and take it: the first of the lane whose turn it is."""
+        self._ready.get()
+        with self._lock:
+            if not self._lanes:
+                return self._last.popleft()
+            lane, entries = next(iter(self._lanes.items()))
+            del self._lanes[lane]
+            entry = entries.popleft()
+            if entries:
+                self._lanes[lane] = entries
+        return entry
+
+    def empty(self) -> bool:
+        """Say whether nothing waits."""
+        return self._ready.empty()
+
+
 class ConnectionThreads(Generic[C]):
     """A bounded number of threads with a connection each, started as they are needed."""
 
@@ -62,7 +107,7 @@ class ConnectionThreads(Generic[C]):
         self._connect = connect
         self._name = name
         self._limit = limit
-        self._queue: SimpleQueue[Any] = SimpleQueue()
+        self._queue = _Lanes()
         self._threads: list[threading.Thread] = []
         self._waiting = 0
         self._closed = False
@@ -89,7 +134,11 @@ class ConnectionThreads(Generic[C]):
         return cast("T", result)
 
     async def call(self, function: Callable[[C, *Ts], T], *args: *Ts) -> T:
-        """Run ``function(connection, *args)`` on a thread. Foreign errors become StoreError.
+        """Run ``function(connection, *args)`` on a thread, in the lane of what belongs to no volume. See `call_in`."""
+        return await self.call_in(None, function, *args)
+
+    async def call_in(self, lane: Hashable, function: Callable[[C, *Ts], T], *args: *Ts) -> T:
+        """Run ``function(connection, *args)`` on a thread when it is the turn of the lane. Foreign errors become StoreError.
 
         Raises StoreError where there is not even one thread, and after CALL_DEADLINE_S; the function may run then, or go on
         running, afterwards.
@@ -101,7 +150,7 @@ class ConnectionThreads(Generic[C]):
         if self._waiting >= len(self._threads) and len(self._threads) < self._limit:
             self._start_thread()
         self._waiting += 1
-        self._queue.put((loop, future, function, args))
+        self._queue.put(lane, (loop, future, function, args))
         deadline = loop.call_later(CALL_DEADLINE_S, self._give_up, future)
         try:
             return await future
@@ -126,7 +175,7 @@ class ConnectionThreads(Generic[C]):
         # Counted like a call that is waited for: until it has run the connection is not the loop's.
         self._waiting += 1
         future.add_done_callback(self._posted_has_run)
-        self._queue.put((loop, future, function, args))
+        self._queue.put(None, (loop, future, function, args))
 
     def _posted_has_run(self, future: asyncio.Future[object]) -> None:
         self._waiting -= 1
@@ -141,7 +190,7 @@ class ConnectionThreads(Generic[C]):
         ended: list[asyncio.Future[None]] = []
         for _ in self._threads:
             future: asyncio.Future[None] = loop.create_future()
-            self._queue.put((loop, future, None, ()))
+            self._queue.put_last((loop, future, None, ()))
             ended.append(future)
         try:
             async with asyncio.timeout(CALL_DEADLINE_S):

@@ -299,7 +299,7 @@ class SqliteVolume:
                 if code & 0xFF not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
                     raise
                 return await self._writer.call(owning.read_with_changes, self._id, journal, function, args)
-        return await self._readers.call(function, self._id, *args)
+        return await self._readers.call_in(self._id, function, self._id, *args)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -20,10 +20,10 @@ from metasvc.api.server import Server
 from metasvc.errors import FsError, VolumeMissing
 from metasvc.model import ROOT_INO, Caller, Commit, Ino
 from metasvc.server import connection as server_connection
-from metasvc.server.session import MAX_OUTSTANDING
+from metasvc.server.session import LONG_AT_ONCE, MAX_OUTSTANDING
 from metasvc.store.memory import MemoryStore
 from tests.metasvc.engine.volumes import format_volume
-from tests.metasvc.server.served import Served, connected, served
+from tests.metasvc.server.served import Client, Served, connected, served
 
 ROOT = Caller()
 
@@ -189,6 +189,62 @@ async def test_who_reads_nothing_is_cut_off_and_costs_a_bounded_amount_of_memory
             page_bytes = 1000 * 300
             assert most < server_connection.QUEUE_BYTES + MAX_OUTSTANDING * page_bytes
         assert (await writer.meta.getattr(ROOT_INO)).is_dir
+
+
+async def _long_directory(client: Client) -> Ino:
+    parent = (await client.meta.mkdir(ROOT, ROOT_INO, b"d", mode=0o755)).ino
+    await asyncio.gather(*(client.meta.mknod(ROOT, parent, b"%0200d" % n, mode=0o100644) for n in range(1000)))
+    return parent
+
+
+async def test_who_asks_for_many_pages_in_one_message_and_reads_none_costs_no_more_than_a_few(caplog: Any) -> None:
+    async with running() as service, connected(service) as bystander:
+        parent = await _long_directory(bystander)
+        page_bytes = 1000 * 300
+        async with stream(service) as frames:
+            frames.send(hello())
+            await frames.read()
+            frames.pause()
+            pages = [pb.Request(number=n, readdir=pb.ReadDir(ino=parent, limit=1000)) for n in range(1, 201)]
+            frames.send(from_client(*pages))
+            assert service.service is not None
+            (asker,) = (one for one in service.service.connections if one.messages_in < 3)
+            async with asyncio.timeout(60):
+                while not asker.is_full:
+                    await asyncio.sleep(0.005)
+            for _ in range(20):
+                assert asker._out_bytes < server_connection.QUEUE_BYTES + LONG_AT_ONCE * page_bytes
+                await bystander.meta.getattr(ROOT_INO)
+            # Nothing is lost for who reads late.
+            numbers: list[int] = []
+            async with asyncio.timeout(60):
+                while len(numbers) < len(pages):
+                    numbers += [reply.number for reply in pb.FromService.FromString(await frames.read()).replies]
+            assert sorted(numbers) == list(range(1, 201))
+        assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_who_comes_back_having_read_nothing_is_let_in_and_asks_again() -> None:
+    async with running() as service, connected(service) as bystander:
+        parent = await _long_directory(bystander)
+        pages = [pb.Request(number=n, readdir=pb.ReadDir(ino=parent, limit=1000)) for n in range(1, 201)]
+        async with stream(service) as frames:
+            frames.send(hello())
+            welcome = pb.FromService.FromString(await frames.read()).welcome
+            frames.pause()
+            frames.send(from_client(*pages))
+            assert service.service is not None
+            (asker,) = (one for one in service.service.connections if one.messages_in < 3)
+            async with asyncio.timeout(60):
+                while not asker.is_full:
+                    await asyncio.sleep(0.005)
+            async with stream(service) as later:
+                later.send(hello(session_id=welcome.session_id, secret=welcome.secret))
+                async with asyncio.timeout(20):
+                    assert pb.FromService.FromString(await later.read()).welcome.session_id == welcome.session_id
+                    later.send(from_client(pages[-1]))
+                    (reply,) = pb.FromService.FromString(await later.read()).replies
+                assert (reply.number, len(reply.names)) == (200, 1000)
 
 
 @pytest.mark.parametrize("token", ["", "nonsense", "eyJhbGciOiJub25lIn0.eyJpc3MiOiJhdG9sbCIsImFkbWluIjp0cnVlfQ."])

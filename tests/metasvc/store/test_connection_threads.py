@@ -100,3 +100,31 @@ async def test_a_call_on_the_loop_that_fails_is_told_and_a_broken_connection_is_
     assert await threads.call(add, 0) == 1
     assert len(made) == 2
     await threads.close()
+
+
+async def test_who_asks_for_much_delays_nobody_in_another_lane_by_what_waits() -> None:
+    threads = ConnectionThreads(":memory:", lambda: sqlite3.connect(":memory:"), name="test", limit=1)
+    go = threading.Event()
+    order: list[str] = []
+
+    def hold(_: sqlite3.Connection) -> None:
+        go.wait(60)
+
+    def note(_: sqlite3.Connection, what: str) -> None:
+        order.append(what)
+
+    asked = [threads.call_in(1, hold)]
+    asked += [threads.call_in(1, note, f"much {number}") for number in range(5)]
+    asked += [threads.call_in(2, note, f"little {number}") for number in range(2)]
+    asked += [threads.call(note, "of no volume")]
+    waiting = [asyncio.ensure_future(one) for one in asked]
+    await asyncio.sleep(0)
+    closing = asyncio.ensure_future(threads.close())
+    await asyncio.sleep(0)
+    go.set()
+    await asyncio.gather(*waiting)
+    await closing
+    assert sorted(order[:3]) == ["little 0", "much 0", "of no volume"]
+    # The lanes take turns, each in its order, and the end comes last.
+    assert sorted(order[3:5]) == ["little 1", "much 1"]
+    assert order[5:] == ["much 2", "much 3", "much 4"]

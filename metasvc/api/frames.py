@@ -34,8 +34,8 @@ from metasvc.api import atoll_pb2 as pb
 from metasvc.api.server import is_loopback
 
 MAGIC: Final = b"atollfs\x01"
-MAX_OPENING_BYTES: Final = 64 * 1024
-"""Of what comes from somebody who has not said who they are."""
+MAX_OPENING_BYTES: Final = 16 * 1024
+"""Of what comes from somebody who has not said who they are: a token of some hundred bytes, and the name of a volume."""
 MAX_REQUEST_BYTES: Final = 16 * 1024 * 1024
 """Of a message to the service: a commit has up to 16,384 pieces and 32 KiB inline for each slice."""
 MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
@@ -83,9 +83,18 @@ class Frames(asyncio.Protocol):
     """One connection, either side of it. Made by the event loop's create_connection or create_server."""
 
     def __init__(
-        self, *, max_bytes: int, on_made: Callable[[Frames], object] | None = None, is_client: bool = False
+        self,
+        *,
+        max_bytes: int,
+        on_made: Callable[[Frames], object] | None = None,
+        on_unfinished: Callable[..., object] | None = None,
+        is_client: bool = False,
     ) -> None:
-        """``max_bytes``: the longest message that is taken; it may be changed at any time."""
+        """``max_bytes``: the longest message that is taken; it may be changed at any time.
+
+        ``on_unfinished`` is told when bytes came: how many are held of a message that is not whole, and whether it is
+        another one than the last time.
+        """
         self._is_client = is_client
         self.heard_s = time.monotonic()
         """When bytes came last, of a whole message or not."""
@@ -100,6 +109,7 @@ class Frames(asyncio.Protocol):
         self.peer = "?"
         self.is_congested = False
         self._on_made = on_made
+        self._on_unfinished = on_unfinished
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
         self._awaits_magic = True
@@ -287,6 +297,15 @@ class Frames(asyncio.Protocol):
                 self.pause()
                 self._wake()
         del buffer[:at]
+        if self._on_unfinished is not None:
+            self._on_unfinished(self, len(buffer), is_new=at > 0)
+
+    def give_up(self, why: str) -> None:
+        """Drop what has come of a message, and take no more. Stalled."""
+        self._is_deaf = True
+        self._buffer.clear()
+        self._fail(Stalled(why))
+        self.pause()
 
     def _hand_over(self, message: bytes) -> None:
         assert self._deliver is not None
@@ -317,6 +336,8 @@ class Frames(asyncio.Protocol):
         """Take note of the end (called by the transport)."""
         self.gone.set_result(None)
         self._unwatch()
+        if self._on_unfinished is not None:
+            self._on_unfinished(self, 0, is_new=True)
         self._fail(ConnectionLost("the connection was lost" if error is None else f"the connection was lost: {error}"))
 
     def _fail(self, error: Exception) -> None:

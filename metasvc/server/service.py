@@ -33,6 +33,7 @@ from metasvc.server.administration import administer, dump_parts, problems
 from metasvc.server.audit import audited
 from metasvc.server.certificate import Certificate
 from metasvc.server.connection import Connection, Silent
+from metasvc.server.crowds import Doorway, Repeated, Unfinished
 from metasvc.server.keys import KeysLocked
 from metasvc.server.loading import check_format, load_volume
 from metasvc.server.managing import Managing
@@ -82,6 +83,9 @@ class Service:
         self._server: asyncio.Server | None = None
         self._serving: set[asyncio.Task[None]] = set()
         self._open: set[Frames] = set()
+        self._repeated = Repeated()
+        self._doorway = Doorway(self._repeated)
+        self._unfinished = Unfinished(self._repeated)
         self._methods: dict[int, _Method] = {
             pb.Opening.SESSION: self._session,
             pb.Opening.ADMINISTER: self._unary(pb.AdminRequest, self._administer),
@@ -108,7 +112,7 @@ class Service:
             }
         try:
             self._server = await asyncio.get_running_loop().create_server(
-                lambda: Frames(max_bytes=MAX_OPENING_BYTES, on_made=self._accept),
+                lambda: Frames(max_bytes=MAX_OPENING_BYTES, on_made=self._accept, on_unfinished=self._unfinished.note),
                 host.strip("[]"),
                 int(port),
                 backlog=BACKLOG,
@@ -144,10 +148,15 @@ class Service:
 
     def _accept(self, frames: Frames) -> None:
         self._open.add(frames)
-        frames.gone.add_done_callback(lambda _: self._open.discard(frames))
+        self._doorway.enter(frames)
+        frames.gone.add_done_callback(lambda _: self._gone(frames))
         task = asyncio.get_running_loop().create_task(self._serve(frames), name=f"connection of {frames.peer}")
         self._serving.add(task)
         task.add_done_callback(self._serving.discard)
+
+    def _gone(self, frames: Frames) -> None:
+        self._open.discard(frames)
+        self._doorway.leave(frames)
 
     async def _serve(self, frames: Frames) -> None:
         try:
@@ -159,7 +168,9 @@ class Service:
             frames.end(pb.Ended.AGAIN, "the metadata service is ending")
             raise
         except (Silent, Misbehaved, Stalled, NotOurs, TokenRefused) as error:
-            log.warning("client %s: %s: its connection is closed", frames.peer, error)
+            # Who says nothing does so in crowds.
+            tell = self._repeated.tell if isinstance(error, Silent) else log.warning
+            tell(f"client {frames.peer}: {error}: its connection is closed")
             frames.end(_reason(error), str(error))
         except NotOwner as error:
             frames.end(pb.Ended.AGAIN, error.message, owner=error.owner if owner_of(error.owner) else "")
@@ -182,6 +193,7 @@ class Service:
         if not opening.token:
             raise TokenRefused("there is no token: give one with --token-file or ATOLL_TOKEN")
         call = _Call(opening.volume, await self._tokens.check(opening.token), frames.peer, frames.is_private)
+        self._doorway.leave(frames)
         method = self._methods.get(opening.method)
         if method is None:
             frames.end(pb.Ended.UNKNOWN_METHOD, f"method {opening.method}")

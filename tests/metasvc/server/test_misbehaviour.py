@@ -6,7 +6,7 @@ import asyncio
 import logging
 import struct
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, cast
 
 import pytest
@@ -162,6 +162,66 @@ async def test_who_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch, caplo
         assert service.service is not None
         async with asyncio.timeout(20):
             while service.service.connections:
+                await asyncio.sleep(0.01)
+
+
+async def test_of_many_who_do_not_say_who_they_are_the_oldest_go_and_who_does_is_let_in(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running() as service, connected(service) as bystander:
+        assert service.service is not None
+        monkeypatch.setattr(service.service._doorway, "_most", 20)
+        with caplog.at_level(logging.WARNING):
+            crowd = [await asyncio.open_connection("127.0.0.1", service.port) for _ in range(60)]
+            for reader, _ in crowd[:40]:
+                async with asyncio.timeout(20):
+                    answer = await reader.read()
+                assert b"too many connections" in answer
+            async with connected(service) as client:
+                assert (await client.meta.getattr(ROOT_INO)).is_dir
+            assert len(service.service._doorway._waiting) <= 20
+            await asyncio.sleep(1.2)
+        told = [record.getMessage() for record in caplog.records if "wait to be let in" in record.getMessage()]
+        assert len(told) < 10
+        assert "(and " in told[-1]
+        for _, writer in crowd:
+            writer.close()
+        assert (await bystander.meta.getattr(ROOT_INO)).is_dir
+        assert bystander.connection.reconnections == 0
+        async with asyncio.timeout(20):
+            while service.service._doorway._waiting:
+                await asyncio.sleep(0.01)
+
+
+async def test_messages_that_do_not_end_take_a_bounded_amount_and_the_oldest_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    part = MAX_REQUEST_BYTES // 4
+    async with running() as service, connected(service) as bystander:
+        assert service.service is not None
+        unfinished = service.service._unfinished
+        monkeypatch.setattr(unfinished, "_limit_bytes", 4 * part)
+        parent = (await bystander.meta.mkdir(ROOT, ROOT_INO, b"d", mode=0o755)).ino
+        async with AsyncExitStack() as stack:
+            crowd = []
+            for _ in range(12):
+                frames = await stack.enter_async_context(stream(service))
+                frames.send(hello())
+                await frames.read()
+                frames._write(struct.pack("<I", MAX_REQUEST_BYTES) + bytes(part))
+                crowd.append(frames)
+                await bystander.meta.getattr(ROOT_INO)
+                assert unfinished.total_bytes <= 4 * part
+            for frames in crowd[:8]:
+                ended = await end_of(frames)
+                assert (ended.reason, "too slowly" in ended.details) == (pb.Ended.AGAIN, True)
+            # Large ones that come whole are taken as ever.
+            value = bytes(60_000)
+            for number in range(40):
+                await bystander.meta.setxattr(ROOT, parent, b"user.%d" % number, value, flags=0)
+        assert bystander.connection.reconnections == 0
+        async with asyncio.timeout(20):
+            while unfinished.total_bytes:
                 await asyncio.sleep(0.01)
 
 

@@ -39,7 +39,7 @@ from client.meta.encryption import Trust
 from client.meta.endpoint import AccessRefused, Endpoint
 from client.meta.remote import RemoteMeta
 from metasvc.api import atoll_pb2 as pb
-from metasvc.api.frames import MAGIC
+from metasvc.api.frames import MAGIC, MAX_OPENING_BYTES
 from metasvc.api.server import Server
 from metasvc.errors import FsError
 from metasvc.model import ROOT_INO
@@ -306,7 +306,7 @@ ATTEMPTS: Final[dict[str, Attempt]] = {
 
 
 def _half_opening(_: str) -> bytes:
-    return MAGIC + _HEADER.pack(60_000) + bytes(50_000)
+    return MAGIC + _HEADER.pack(MAX_OPENING_BYTES) + bytes(MAX_OPENING_BYTES - 1000)
 
 
 def _half_message(token: str) -> bytes:
@@ -325,7 +325,7 @@ def _readdirs(token: str) -> bytes:
 CROWDS: Final[dict[str, Callable[[str], bytes]]] = {
     "silent": lambda _: b"",
     "silent after the first bytes": lambda _: MAGIC,
-    "silent within an opening of 60 kB": _half_opening,
+    "silent within an opening of 16 KiB": _half_opening,
     "silent within a message of 15 MiB": _half_message,
     "ask for 256 pages of a directory and read nothing": _readdirs,
 }

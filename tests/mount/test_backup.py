@@ -16,6 +16,7 @@ import pytest
 
 from tests.mount.mounted import COMMAND_TIMEOUT_S, MountedVolume, atoll, mounted
 from tests.mount.service import service, services
+from tests.mount.stores import about_embedded_volumes
 from tests.mount.test_dump import Writer, check_contents, content_of
 from tests.servers.buckets import Bucket
 from tests.servers.faults import FaultProxy, Hang, LostAnswer
@@ -120,6 +121,7 @@ def test_a_volume_whose_store_is_lost_comes_back_from_its_bucket(
             back.abandon()
 
 
+@about_embedded_volumes
 def test_an_embedded_volume_is_backed_up_by_its_mount_and_comes_back(tmp_path: Path, bucket: Bucket) -> None:
     [port] = free_ports(1)
     place, keys = tmp_path / "first", dict(bucket.environment)
@@ -154,6 +156,7 @@ def test_an_embedded_volume_is_backed_up_by_its_mount_and_comes_back(tmp_path: P
     assert json.loads(info.stdout)["size_bytes"] == len(content_of("file"))
 
 
+@about_embedded_volumes
 def test_garbage_that_backups_need_goes_when_that_is_asked_for(tmp_path: Path) -> None:
     with mounted(tmp_path, "--trash-days", "0", mount_options=OPTIONS) as volume:
         if volume.address.startswith("atoll://"):
@@ -222,6 +225,7 @@ def test_a_volume_that_changes_hands_in_a_backup_is_backed_up_by_the_next_owner(
         assert "backup made" not in owner.log_path.read_text()
 
 
+@about_embedded_volumes
 def test_commands_say_what_there_is_and_what_to_do(tmp_path: Path) -> None:
     bucket = tmp_path / "bucket"
     bucket.mkdir()
@@ -255,6 +259,7 @@ def test_commands_say_what_there_is_and_what_to_do(tmp_path: Path) -> None:
         assert (bad.returncode, len(bad.stderr.splitlines())) == (2, 1), bad
 
 
+@about_embedded_volumes
 def test_slice_ids_of_a_restored_volume_begin_above_what_is_in_the_bucket(tmp_path: Path) -> None:
     bucket = tmp_path / "bucket"
     with mounted(tmp_path, "--bucket", f"file://{bucket}", "--create-bucket", mount_options=OPTIONS) as volume:

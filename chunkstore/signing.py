@@ -1,9 +1,9 @@
 """Presigned URLs for S3: who has one may read, or put, one object for a while, without a key.
 
 Owns AWS Signature Version 4 in the query ("Authenticating Requests: Using Query Parameters", Amazon S3 API Reference), as far
-as GET and PUT of an object need it. Pure, but for the clock. obstore signs URLs, too, but no headers: a PUT is signed here with
-`If-None-Match: *`, so that it replaces nothing, and with the SHA-256 of the bytes, so that it puts these and no others.
-The key that signs is derived once a day (four HMACs less for each URL).
+as requests for one object, or for one page of a listing, need it. Pure, but for the clock. obstore signs URLs, too, but no
+headers: a PUT is signed here with `If-None-Match: *`, so that it replaces nothing, and with the SHA-256 of the bytes, so that
+it puts these and no others. The key that signs is derived once a day (four HMACs less for each URL).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ __all__ = ["S3Signer", "SignedPut"]
 _ALGORITHM: Final = "AWS4-HMAC-SHA256"
 _UNSIGNED: Final = "UNSIGNED-PAYLOAD"
 _DEFAULT_REGION: Final = "us-east-1"
+LISTED_AT_ONCE: Final = 1000
 
 
 class SignedPut(NamedTuple):
@@ -64,6 +65,7 @@ class S3Signer:
         self._origin = f"{parts.scheme}://{parts.netloc}"
         self._bucket = parts.path.rstrip("/") + path
         self._base = self._bucket + (f"/{_quoted(place.prefix)}" if place.prefix else "")
+        self._prefix = f"{place.prefix}/" if place.prefix else ""
         self._payer = keys.get("AWS_REQUEST_PAYER", "").lower() in ("1", "true", "yes", "on", "requester")
         self._put_headers = {
             header: keys[name]
@@ -81,6 +83,24 @@ class S3Signer:
     def get(self, key: str, *, life_s: int) -> str:
         """Return a URL that reads an object, whole or a range, for so long."""
         return self._signed("GET", self._path(key), {}, life_s)
+
+    def head(self, key: str, *, life_s: int) -> str:
+        """Return a URL that describes an object, for so long."""
+        return self._signed("HEAD", self._path(key), {}, life_s)
+
+    def delete(self, key: str, *, life_s: int) -> str:
+        """Return a URL that deletes an object, for so long."""
+        return self._signed("DELETE", self._path(key), {}, life_s)
+
+    def listing(self, prefix: str, *, start_after: str = "", life_s: int) -> str:
+        """Return a URL that lists a page, 1,000 objects at most, of those whose key starts with a prefix (ListObjectsV2).
+
+        ``start_after``, a key, leaves out all up to and including it. Both are signed: another page takes another URL.
+        """
+        asked = {"list-type": "2", "max-keys": str(LISTED_AT_ONCE), "prefix": self._prefix + prefix}
+        if start_after:
+            asked["start-after"] = self._prefix + start_after
+        return self._signed("GET", self._bucket or "/", {}, life_s, asked)
 
     def put(self, key: str, *, sha256: bytes, life_s: int) -> SignedPut:
         """Return what puts an object with these bytes, once and if there is none, for so long."""

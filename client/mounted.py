@@ -307,7 +307,7 @@ class MountProcess:
         request = self._request
 
         async def shelf() -> Shelf:
-            return Shelf(volume.bucket(), volume.format.uuid)
+            return Shelf(await volume.bucket(), volume.format.uuid)
 
         backups = Backups(
             shelf,

@@ -20,7 +20,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
-from chunkstore.errors import AtollError, BucketDenied
+from chunkstore.errors import AtollError
 from client.address import Address, EmbeddedAddress, ServiceAddress, shown
 from client.control.messages import JsonObject
 from metasvc.api import MetaClient
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from chunkstore.presigned import PresignedAccess
     from chunkstore.slices import ChunkStore
     from client.meta.connection import SessionConnection
+    from client.meta.endpoint import Endpoint
     from metasvc.engine import Engine
     from metasvc.store import VolumeStore
 
@@ -153,10 +154,10 @@ class OpenVolume(ABC):
             return self.mounting.caller(uid, gid)
         return Caller(uid, gid, (), 0, next(self._request_ids))
 
-    def bucket(self) -> RetryingStore:
-        """Return the volume's bucket, opened at the first call and closed with the volume. Sends nothing.
+    async def bucket(self) -> RetryingStore:
+        """Return the volume's bucket, opened at the first call and closed with the volume. Sends nothing to it.
 
-        BucketDenied where its keys are missing from the environment.
+        BucketDenied where its keys are missing from the environment, and no service signs URLs.
         """
         if self._bucket is None:
             self._bucket = open_volume_bucket(self.address, self.format.bucket_url, env=self._env)
@@ -170,7 +171,7 @@ class OpenVolume(ABC):
         """
         from chunkstore.access import ObjectAccess
 
-        return ObjectAccess(self.bucket(), self.format.uuid)
+        return ObjectAccess(await self.bucket(), self.format.uuid)
 
     def bucket_counters(self) -> Mapping[str, VerbCounters]:
         """Return what was counted of requests to the bucket, by verb; nothing if it was not opened."""
@@ -251,6 +252,7 @@ class ServiceVolume(OpenVolume):
         address: ServiceAddress,
         *,
         connection: SessionConnection,
+        endpoint: Endpoint,
         admin: MetaAdmin,
         env: Mapping[str, str],
         closing: AsyncExitStack,
@@ -261,6 +263,9 @@ class ServiceVolume(OpenVolume):
 
         super().__init__(address, env=env, closing=closing)
         self._connection = connection
+        self._endpoint = endpoint
+        self._name = address.name
+        self._is_signed: bool | None = None
         self.admin = admin
         self._presigned: PresignedAccess | None = None
         self.meta = self._remote = RemoteMeta(connection, remembers=has_kernel)
@@ -272,10 +277,10 @@ class ServiceVolume(OpenVolume):
 
     async def block_access(self) -> BlockAccess:
         from chunkstore.presigned import PresignedAccess
-        from client.meta.signing import RemoteSigning, signs_urls
+        from client.meta.signing import RemoteSigning
 
         if self._presigned is None:
-            if not await signs_urls(self._connection):
+            if not await self._signs_urls():
                 return await super().block_access()
             form = self.format
             signing = RemoteSigning(self._connection, block_bytes=form.block_bytes)
@@ -285,15 +290,30 @@ class ServiceVolume(OpenVolume):
             self._closing.push_async_callback(self._presigned.close)
         return self._presigned
 
-    def bucket(self) -> RetryingStore:
+    async def bucket(self) -> RetryingStore:
+        """Return the bucket. Without keys in the environment by URLs that the service signs for administrators, if it does.
+
+        There others get AccessRefused with the first request, and nothing can be put.
+        """
         from metasvc.api.bucket_keys import keys_in
 
-        if self._presigned is not None and not keys_in(self.format.bucket_url, self._env):
-            raise BucketDenied(
-                f"bucket {self.format.bucket_url}: the service keeps its keys, and listing or deleting objects needs them: "
-                "give the address of the volume, on a machine whose environment has the keys"
-            )
-        return super().bucket()
+        url = self.format.bucket_url
+        if self._bucket is None and not keys_in(url, self._env) and await self._signs_urls():
+            from chunkstore.buckets.signed import open_signed_bucket
+            from client.meta.signing import ObjectSigning
+
+            if self._bucket is None:
+                self._bucket = open_signed_bucket(ObjectSigning(self._endpoint, self._name), url)
+                self._closing.push_async_callback(self._bucket.close)
+        return await super().bucket()
+
+    async def _signs_urls(self) -> bool:
+        """Return whether the service signs URLs for this volume. One round trip, once, and none for what is not on S3."""
+        if self._is_signed is None:
+            from client.meta.signing import signs_urls
+
+            self._is_signed = self.format.bucket_url.startswith("s3://") and await signs_urls(self._connection)
+        return self._is_signed
 
     def bucket_counters(self) -> Mapping[str, VerbCounters]:
         return super().bucket_counters() if self._presigned is None else self._presigned.counters()
@@ -439,7 +459,13 @@ async def _open_service(
         stack.push_async_callback(connection.close)
         admin = RemoteAdmin(endpoint, address.name, timeout_s=access.timeout_s)
         yield ServiceVolume(
-            address, connection=connection, admin=admin, env=env, closing=stack, has_kernel=bool(mountpoint)
+            address,
+            connection=connection,
+            endpoint=endpoint,
+            admin=admin,
+            env=env,
+            closing=stack,
+            has_kernel=bool(mountpoint),
         )
 
 

@@ -1,8 +1,9 @@
 """Objects by presigned URLs: GET and PUT, by HTTP, of whoever has no key.
 
-Owns the connections and the table from answers to errors. Keys of objects become URLs by a function, which signs or remembers;
-a URL is never part of a message, for whoever has it may use it. One whose time is over is asked for anew once. Retries, limits
-and counters are `RetryingStore`'s in front of this, as for all stores; deleting and listing are not for those without a key.
+Owns the connections and the table from answers to errors (`UrlClient`). Keys of objects become URLs by a function, which signs
+or remembers; a URL is never part of a message, for whoever has it may use it. One whose time is over is asked for anew once.
+Retries, limits and counters are `RetryingStore`'s in front of this, as for all stores. Deleting and listing are for
+administrators only, whose store is `chunkstore.buckets.signed`.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from chunkstore.errors import (
 )
 from chunkstore.geometry import Buffer
 
-__all__ = ["UrlOfPut", "UrlStore", "Urls"]
+__all__ = ["Answer", "UrlClient", "UrlExpired", "UrlOfPut", "UrlStore", "Urls"]
 
 _CONNECT_S: Final = 5.0
+_GOOD: Final = frozenset({HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT, HTTPStatus.NO_CONTENT})
 _REASONS: Final = {
     "NewConnectionError": "no connection",
     "NameResolutionError": "host name not found",
@@ -84,16 +86,23 @@ class Urls(Protocol):
         ...
 
 
-class _Expired(Exception):
+class UrlExpired(Exception):
     """The time of a URL is over."""
 
 
-class UrlStore:
-    """An ObjectStore of which only get and put work."""
+class Answer(NamedTuple):
+    """What the bucket said to a request."""
 
-    def __init__(self, urls: Urls, *, name: str, threads: int = 48, timeout_s: float = 30.0) -> None:
+    status: int
+    headers: Mapping[str, str]
+    data: bytes
+
+
+class UrlClient:
+    """Send requests to URLs, in threads."""
+
+    def __init__(self, *, name: str, threads: int = 48, timeout_s: float = 30.0) -> None:
         """``name`` stands for the bucket in messages. Who stops waiting leaves a thread to the request, for ``timeout_s``."""
-        self._urls = urls
         self._name = name
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="url")
         self._http = urllib3.PoolManager(
@@ -107,74 +116,53 @@ class UrlStore:
         """Name the bucket for messages."""
         return f"bucket {self._name}"
 
-    async def get(
-        self, key: str, *, start: int | None = None, end: int | None = None, timeout_s: float | None = None
-    ) -> bytes | memoryview:
-        """Return the bytes `[start, end)` of an object. One request, in a thread."""
-        check_key(key)
-        first = start or 0
-        if end is not None and end <= first:
-            return b""
-        headers = {}
-        if first or end is not None:
-            headers["Range"] = f"bytes={first}-{'' if end is None else end - 1}"
+    async def send(
+        self,
+        method: str,
+        url: str,
+        key: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        data: Buffer | None = None,
+        most_bytes: int | None = None,
+    ) -> Answer:
+        """Send one request, and return a good answer to it: 2xx, or 416 for what is behind the end, without bytes.
 
-        async def once(*, anew: bool) -> bytes:
-            url = await self._urls.get_url(key, anew=anew)
-            return await self._send("GET", url, key, headers=headers, data=None)
-
-        data = await self._unless_expired(once, key)
-        # A server that knows no ranges sends all.
-        return data if end is None or len(data) <= end - first else data[first:end]
-
-    async def put(self, key: str, data: Buffer, *, if_absent: bool = False, timeout_s: float | None = None) -> None:
-        """Store an object if there is none; success also if there is one with equal bytes. ObjectExists."""
-        check_key(key)
-
-        async def once(*, anew: bool) -> bytes:
-            signed = await self._urls.put_url(key, data, anew=anew)
-            return await self._send("PUT", signed.url, key, headers=signed.headers, data=data)
-
-        try:
-            await self._unless_expired(once, key)
-        except ObjectExists:
-            if await self.get(key) != data:
-                raise
-
-    async def _unless_expired(self, once: Any, key: str) -> bytes:
-        try:
-            found: bytes = await once(anew=False)
-            return found
-        except _Expired:
-            pass
-        try:
-            found = await once(anew=True)
-        except _Expired:
-            raise BucketDenied(
-                f"{self}: {key}: the bucket takes a new URL for one whose time is over: set the clocks of the service and "
-                "of the bucket"
-            ) from None
-        return found
-
-    async def _send(self, method: str, url: str, key: str, *, headers: Mapping[str, str], data: Buffer | None) -> bytes:
+        ``key`` is what errors are about. An answer of more than ``most_bytes`` is BucketInvalid; UrlExpired.
+        """
         loop = asyncio.get_running_loop()
-        status, text = await loop.run_in_executor(self._threads, self._request, method, url, key, headers, data)
-        if status in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
-            return text
-        if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            return b""
-        raise self._error(status, text[:_MAX_ERROR_BYTES], key)
+        answer = await loop.run_in_executor(
+            self._threads, self._request, method, url, key, headers or {}, data, most_bytes
+        )
+        if answer.status in _GOOD:
+            return answer
+        if answer.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return answer._replace(data=b"")
+        raise self._error(answer.status, answer.data[:_MAX_ERROR_BYTES], key)
 
     def _request(
-        self, method: str, url: str, key: str, headers: Mapping[str, str], data: Buffer | None
-    ) -> tuple[int, bytes]:
+        self,
+        method: str,
+        url: str,
+        key: str,
+        headers: Mapping[str, str],
+        data: Buffer | None,
+        most_bytes: int | None,
+    ) -> Answer:
         """Send one request, in a thread. The body is checked against Content-Length."""
         # Any buffer is sent as it is, without a copy.
         body = cast("bytes | None", data)
         try:
             answer = self._http.request(
-                method, url, headers=headers, body=body, redirect=False, decode_content=False, preload_content=True
+                method,
+                url,
+                headers=headers,
+                body=body,
+                redirect=False,
+                decode_content=False,
+                preload_content=most_bytes is None,
             )
+            found = answer.data if most_bytes is None else _at_most(answer, most_bytes)
         except urllib3.exceptions.SSLError:
             raise BucketInvalid(
                 f"{self}: {key}: no TLS with the server: install its certificate authority on this machine"
@@ -183,7 +171,9 @@ class UrlStore:
             # Not the text of the error, nor the error: the URL may be in it.
             reason = _REASONS.get(type(error).__name__, type(error).__name__)
             raise BucketUnavailable(f"{self}: {key}: {reason}: check the endpoint, and that the server runs") from None
-        return answer.status, answer.data
+        if found is None:
+            raise BucketInvalid(f"{self}: {key}: the answer has more than {most_bytes} bytes: check the endpoint")
+        return Answer(answer.status, answer.headers, found)
 
     def _error(self, status: int, text: bytes, key: str) -> Exception:
         """Return what an answer means: the one table."""
@@ -195,7 +185,7 @@ class UrlStore:
         if status == HTTPStatus.PRECONDITION_FAILED:
             return ObjectExists(f"{self}: {key}: exists with other bytes")
         if code in _EXPIRED_CODES or (status == HTTPStatus.FORBIDDEN and _EXPIRED.search(text)):
-            return _Expired()
+            return UrlExpired()
         if code in _FULL_CODES or status == HTTPStatus.INSUFFICIENT_STORAGE:
             return BucketFull(f"{where}: raise the quota there")
         if code in _PASSING_CODES or (
@@ -214,6 +204,73 @@ class UrlStore:
         if HTTPStatus.MULTIPLE_CHOICES <= status < HTTPStatus.BAD_REQUEST:
             return BucketInvalid(f"{where}: the bucket is elsewhere, name its region or endpoint in the URL")
         return BucketInvalid(f"{where}: check the bucket's URL, its region and its endpoint")
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._http.clear()
+
+
+class UrlStore:
+    """An ObjectStore of which only get and put work."""
+
+    def __init__(self, urls: Urls, *, name: str, threads: int = 48, timeout_s: float = 30.0) -> None:
+        """``name``, ``threads`` and ``timeout_s`` are a UrlClient's."""
+        self._urls = urls
+        self._client = UrlClient(name=name, threads=threads, timeout_s=timeout_s)
+
+    def __str__(self) -> str:
+        """Name the bucket for messages."""
+        return str(self._client)
+
+    async def get(
+        self, key: str, *, start: int | None = None, end: int | None = None, timeout_s: float | None = None
+    ) -> bytes | memoryview:
+        """Return the bytes `[start, end)` of an object. One request, in a thread."""
+        check_key(key)
+        first = start or 0
+        if end is not None and end <= first:
+            return b""
+        headers = {}
+        if first or end is not None:
+            headers["Range"] = f"bytes={first}-{'' if end is None else end - 1}"
+
+        async def once(*, anew: bool) -> bytes:
+            url = await self._urls.get_url(key, anew=anew)
+            return (await self._client.send("GET", url, key, headers=headers)).data
+
+        data = await self._unless_expired(once, key)
+        # A server that knows no ranges sends all.
+        return data if end is None or len(data) <= end - first else data[first:end]
+
+    async def put(self, key: str, data: Buffer, *, if_absent: bool = False, timeout_s: float | None = None) -> None:
+        """Store an object if there is none; success also if there is one with equal bytes. ObjectExists."""
+        check_key(key)
+
+        async def once(*, anew: bool) -> bytes:
+            signed = await self._urls.put_url(key, data, anew=anew)
+            return (await self._client.send("PUT", signed.url, key, headers=signed.headers, data=data)).data
+
+        try:
+            await self._unless_expired(once, key)
+        except ObjectExists:
+            if await self.get(key) != data:
+                raise
+
+    async def _unless_expired(self, once: Any, key: str) -> bytes:
+        try:
+            found: bytes = await once(anew=False)
+            return found
+        except UrlExpired:
+            pass
+        try:
+            found = await once(anew=True)
+        except UrlExpired:
+            raise BucketDenied(
+                f"{self}: {key}: the bucket takes a new URL for one whose time is over: set the clocks of the service and "
+                "of the bucket"
+            ) from None
+        return found
 
     async def delete(self, keys: Sequence[str], *, timeout_s: float | None = None) -> None:
         """Refuse."""
@@ -239,5 +296,15 @@ class UrlStore:
 
     async def close(self) -> None:
         """Close the connections."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self._http.clear()
+        self._client.close()
+
+
+def _at_most(answer: urllib3.BaseHTTPResponse, most_bytes: int) -> bytes | None:
+    """Read an answer whole; None if it has more bytes. Its connection is used again if it was read to its end."""
+    data = answer.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        answer.close()
+        return None
+    answer.drain_conn()
+    answer.release_conn()
+    return data

@@ -13,7 +13,7 @@ async def list_backups(asked: Asked) -> JsonObject:
     """Return all, oldest first. A request to the bucket for each."""
     asked.params.done()
     volume = asked.volume
-    found = await Shelf(volume.bucket(), volume.format.uuid).manifests()
+    found = await Shelf(await volume.bucket(), volume.format.uuid).manifests()
     return {"backups": backups_json(found)}
 
 

@@ -140,7 +140,7 @@ async def _check_group(asked: Asked, findings: _Findings, group: LiveGroup) -> N
     seen = array("I", bytes(4 * SLICES_PER_PREFIX))
     prefix = block_key(volume.format.uuid, SliceId(group.number * SLICES_PER_PREFIX), 0).rpartition("/")[0] + "/"
     listed = 0
-    async for info in volume.bucket().list(prefix):
+    async for info in (await volume.bucket()).list(prefix):
         listed += 1
         if listed % 1000 == 0:
             asked.progress("listing objects", findings.checked_objects + listed, unit="objects")
@@ -177,7 +177,7 @@ async def _look_again(asked: Asked, findings: _Findings, slice_id: SliceId, leng
     for index in range(block_count(length, volume.format.block_bytes)):
         key = block_key(volume.format.uuid, slice_id, index)
         try:
-            await volume.bucket().head(key)
+            await (await volume.bucket()).head(key)
         except ObjectMissing:
             if await live_slice(volume.admin, slice_id) is None:
                 return
@@ -227,7 +227,7 @@ async def _verify_block(asked: Asked, findings: _Findings, row: Slice, block: Ob
     raw = block_length(row.length, index, volume.format.block_bytes)
     problem: AtollError
     try:
-        payload = await volume.bucket().get(key)
+        payload = await (await volume.bucket()).get(key)
         await asyncio.to_thread(decode, payload, expected_digest=expected, raw_length=raw, origin=f"object {key}")
         return
     except ObjectMissing as error:

@@ -61,7 +61,7 @@ async def gc(asked: Asked) -> JsonObject:
     asked.params.done()
     volume = asked.volume
     # Refused before anything is removed, where keys are missing.
-    volume.bucket()
+    await volume.bucket()
     tally = Tally()
     if not dry_run:
         tally.expired_entries = await expire_trash(
@@ -102,7 +102,7 @@ async def gc(asked: Asked) -> JsonObject:
 
 async def _held_from_ns(volume: OpenVolume) -> int | None:
     """Return behind which time backups need what is garbage now; None if there are none."""
-    backups = await Shelf(volume.bucket(), volume.format.uuid).manifests()
+    backups = await Shelf(await volume.bucket(), volume.format.uuid).manifests()
     return held_from_ns(backups, now_ns=time.time_ns(), goes_on=True) if backups else None
 
 
@@ -113,12 +113,12 @@ async def delete_slices(volume: OpenVolume, rows: Sequence[Garbage]) -> None:
         if isinstance(await volume.block_access(), ObjectAccess):
             return
         # By URLs nothing is deleted.
-    await delete_objects(volume.bucket(), volume.format, rows)
+    await delete_objects(await volume.bucket(), volume.format, rows)
 
 
 async def _collect_leaked(asked: Asked, tally: Tally, *, dry_run: bool) -> None:
     volume = asked.volume
-    bucket = volume.bucket()
+    bucket = await volume.bucket()
     own_session = 0 if volume.mounting is None and volume.is_sole else 1
     others = len((await volume.admin.status()).sessions) > own_session
     youngest_ns = time.time_ns() - int(SAFETY_AGE_S * 1e9) if others else None

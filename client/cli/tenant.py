@@ -14,6 +14,7 @@ from client.sizes import format_size
 
 if TYPE_CHECKING:
     from client.address import ServicePlace
+    from client.meta.endpoint import Endpoint
     from client.meta.managing import RemoteManaging
 
 
@@ -109,8 +110,14 @@ def tenant_at(address: str) -> ServicePlace:
 
 def managing(place: ServicePlace, token_file: str | None) -> RemoteManaging:
     """Return what is asked at a service."""
-    from client.meta.encryption import endpoint_at
     from client.meta.managing import RemoteManaging
+
+    return RemoteManaging(endpoint_of(place, token_file))
+
+
+def endpoint_of(place: ServicePlace, token_file: str | None) -> Endpoint:
+    """Return the processes of a service, asked with the token that is given."""
+    from client.meta.encryption import endpoint_at
     from client.volume import read_token
 
-    return RemoteManaging(endpoint_at(place, read_token(token_file, env=os.environ), env=os.environ))
+    return endpoint_at(place, read_token(token_file, env=os.environ), env=os.environ)

@@ -5,12 +5,14 @@ A call that a process sends on to the owner of the volume is asked there. None i
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 from client.meta.endpoint import Endpoint
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api import wire
 from metasvc.api.volume_format import parse_format
+from metasvc.errors import FsError
 from metasvc.model import VolumeFormat
 
 __all__ = ["RemoteManaging"]
@@ -61,3 +63,17 @@ class RemoteManaging:
     async def delete_volume(self, name: str) -> VolumeFormat:
         """Delete the rows of a volume (TENANT/NAME); its format, which says where its objects are. EBUSY."""
         return parse_format((await self._ask("delete_volume", name)).format.json)
+
+    async def deleted_volumes(self, tenant: str, volume: str) -> list[VolumeFormat]:
+        """Return the deleted volumes of one name whose keys the service keeps until their objects are deleted, too."""
+        try:
+            reply = await self._ask("list_deleted", pb.ListDeleted(tenant=tenant, volume=volume))
+        except FsError as error:
+            if error.errno != errno.ENOSYS:
+                raise
+            return []  # An older service remembers none.
+        return [parse_format(each.json) for each in reply.deleted]
+
+    async def forget_deleted(self, tenant: str, uuid: str) -> None:
+        """Say that the objects of a deleted volume are gone, or shall stay: its keys are forgotten. ENOENT."""
+        await self._ask("forget_deleted", pb.ForgetDeleted(tenant=tenant, uuid=uuid))

@@ -1,19 +1,31 @@
-"""URLs of blocks from the service, on the stream of the session."""
+"""URLs from the service: of blocks, on the stream of the session; of any object, for administrators, by calls of their own."""
 
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Sequence
+from typing import Final
 
+from chunkstore.buckets.signed import Verb
 from chunkstore.errors import ObjectMissing
 from chunkstore.geometry import CHUNK_BYTES, SliceId
 from chunkstore.model import SliceInfo
 from chunkstore.presigned import Signed
 from client.meta.connection import SessionConnection
+from client.meta.endpoint import Endpoint
 from metasvc.api import atoll_pb2 as pb
+from metasvc.api import wire
 from metasvc.errors import FsError
 
-__all__ = ["RemoteSigning", "signs_urls"]
+__all__ = ["ObjectSigning", "RemoteSigning", "signs_urls"]
+
+_VERBS: Final[dict[Verb, pb.SignObjects.Verb.ValueType]] = {
+    "list": pb.SignObjects.LIST,
+    "head": pb.SignObjects.HEAD,
+    "get": pb.SignObjects.GET,
+    "delete": pb.SignObjects.DELETE,
+}
 
 
 async def signs_urls(connection: SessionConnection) -> bool:
@@ -67,3 +79,33 @@ class RemoteSigning:
         reply = await self._call("sign_put", pb.SignPut(slice_id=slice_id, blocks=blocks, sha256=sha256))
         headers = [dict(each.values) for each in reply.urls.headers]
         return Signed(list(reply.urls.urls), reply.urls.life_s, headers)
+
+
+class ObjectSigning:
+    """Have URLs of objects of a volume signed, by a token that administers it: chunkstore.buckets.signed.ObjectSigning.
+
+    None is repeated here: ServiceUnavailable is retryable, and whoever asks repeats. AccessRefused for other tokens.
+    """
+
+    def __init__(self, endpoint: Endpoint, volume: str, *, deleted_uuid: str = "") -> None:
+        """``volume`` is TENANT/NAME; ``deleted_uuid`` means the one of that name that was deleted."""
+        self._endpoint = endpoint
+        self._volume = volume
+        self._deleted_uuid = deleted_uuid
+        self._command = os.urandom(16)
+
+    async def sign(self, verb: Verb, keys: Sequence[str], *, start_after: str = "") -> Sequence[str]:
+        """Sign a URL for each key. One connection."""
+        asked = pb.SignObjects(
+            verb=_VERBS[verb],
+            keys=keys,
+            start_after=start_after,
+            deleted_uuid=self._deleted_uuid,
+            command=self._command,
+        )
+        request = pb.AdminRequest(sign_objects=asked).SerializeToString()
+        answer = await self._endpoint.ask(pb.Opening.ADMINISTER, request, volume=self._volume)
+        reply = pb.AdminReply.FromString(answer)
+        if reply.HasField("failure"):
+            raise wire.error_of(reply.failure)
+        return list(reply.urls.urls)

@@ -1887,6 +1887,7 @@ class AdminRequest(_message.Message):
     REPLACE_REFS_FIELD_NUMBER: _builtins.int
     STATFS_INO_FIELD_NUMBER: _builtins.int
     IS_LIVE_ID_FIELD_NUMBER: _builtins.int
+    SIGN_OBJECTS_FIELD_NUMBER: _builtins.int
     usage_of_ino: _builtins.int
     quota_remove_ino: _builtins.int
     slice_owner_id: _builtins.int
@@ -1923,6 +1924,8 @@ class AdminRequest(_message.Message):
     def garbage_deleted(self) -> Global___SliceIds: ...
     @_builtins.property
     def replace_refs(self) -> Global___ReplaceRefs: ...
+    @_builtins.property
+    def sign_objects(self) -> Global___SignObjects: ...
     def __init__(
         self,
         *,
@@ -1948,12 +1951,13 @@ class AdminRequest(_message.Message):
         replace_refs: Global___ReplaceRefs | None = ...,
         statfs_ino: _builtins.int = ...,
         is_live_id: _builtins.int = ...,
+        sign_objects: Global___SignObjects | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["clone", b"clone", "compaction_candidates_limit", b"compaction_candidates_limit", "configure", b"configure", "garbage", b"garbage", "garbage_deleted", b"garbage_deleted", "is_garbage_id", b"is_garbage_id", "is_live_id", b"is_live_id", "is_pending_id", b"is_pending_id", "live_slices", b"live_slices", "operation", b"operation", "paths_of", b"paths_of", "quota_remove_ino", b"quota_remove_ino", "quota_set", b"quota_set", "quotas", b"quotas", "replace_refs", b"replace_refs", "resolve", b"resolve", "slice_owner_id", b"slice_owner_id", "statfs_ino", b"statfs_ino", "status", b"status", "trash_expire", b"trash_expire", "trash_list", b"trash_list", "trash_restore", b"trash_restore", "usage_of_ino", b"usage_of_ino"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["clone", b"clone", "compaction_candidates_limit", b"compaction_candidates_limit", "configure", b"configure", "garbage", b"garbage", "garbage_deleted", b"garbage_deleted", "is_garbage_id", b"is_garbage_id", "is_live_id", b"is_live_id", "is_pending_id", b"is_pending_id", "live_slices", b"live_slices", "operation", b"operation", "paths_of", b"paths_of", "quota_remove_ino", b"quota_remove_ino", "quota_set", b"quota_set", "quotas", b"quotas", "replace_refs", b"replace_refs", "resolve", b"resolve", "sign_objects", b"sign_objects", "slice_owner_id", b"slice_owner_id", "statfs_ino", b"statfs_ino", "status", b"status", "trash_expire", b"trash_expire", "trash_list", b"trash_list", "trash_restore", b"trash_restore", "usage_of_ino", b"usage_of_ino"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clone", b"clone", "compaction_candidates_limit", b"compaction_candidates_limit", "configure", b"configure", "garbage", b"garbage", "garbage_deleted", b"garbage_deleted", "is_garbage_id", b"is_garbage_id", "is_live_id", b"is_live_id", "is_pending_id", b"is_pending_id", "live_slices", b"live_slices", "operation", b"operation", "paths_of", b"paths_of", "quota_remove_ino", b"quota_remove_ino", "quota_set", b"quota_set", "quotas", b"quotas", "replace_refs", b"replace_refs", "resolve", b"resolve", "slice_owner_id", b"slice_owner_id", "statfs_ino", b"statfs_ino", "status", b"status", "trash_expire", b"trash_expire", "trash_list", b"trash_list", "trash_restore", b"trash_restore", "usage_of_ino", b"usage_of_ino"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clone", b"clone", "compaction_candidates_limit", b"compaction_candidates_limit", "configure", b"configure", "garbage", b"garbage", "garbage_deleted", b"garbage_deleted", "is_garbage_id", b"is_garbage_id", "is_live_id", b"is_live_id", "is_pending_id", b"is_pending_id", "live_slices", b"live_slices", "operation", b"operation", "paths_of", b"paths_of", "quota_remove_ino", b"quota_remove_ino", "quota_set", b"quota_set", "quotas", b"quotas", "replace_refs", b"replace_refs", "resolve", b"resolve", "sign_objects", b"sign_objects", "slice_owner_id", b"slice_owner_id", "statfs_ino", b"statfs_ino", "status", b"status", "trash_expire", b"trash_expire", "trash_list", b"trash_list", "trash_restore", b"trash_restore", "usage_of_ino", b"usage_of_ino"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["status", "resolve", "paths_of", "usage_of_ino", "configure", "quota_set", "quota_remove_ino", "quotas", "trash_list", "trash_restore", "trash_expire", "clone", "live_slices", "slice_owner_id", "garbage", "garbage_deleted", "is_pending_id", "is_garbage_id", "compaction_candidates_limit", "replace_refs", "statfs_ino", "is_live_id"]  # noqa: Y015
+    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["status", "resolve", "paths_of", "usage_of_ino", "configure", "quota_set", "quota_remove_ino", "quotas", "trash_list", "trash_restore", "trash_expire", "clone", "live_slices", "slice_owner_id", "garbage", "garbage_deleted", "is_pending_id", "is_garbage_id", "compaction_candidates_limit", "replace_refs", "statfs_ino", "is_live_id", "sign_objects"]  # noqa: Y015
     _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_operation) -> _WhichOneofReturnType_operation | None: ...
 
@@ -1978,6 +1982,7 @@ class AdminReply(_message.Message):
     FLAG_FIELD_NUMBER: _builtins.int
     CHUNKS_FIELD_NUMBER: _builtins.int
     STATFS_FIELD_NUMBER: _builtins.int
+    URLS_FIELD_NUMBER: _builtins.int
     count: _builtins.int
     flag: _builtins.bool
     @_builtins.property
@@ -2006,6 +2011,10 @@ class AdminReply(_message.Message):
     def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChunkId]: ...
     @_builtins.property
     def statfs(self) -> Global___StatFsReply: ...
+    @_builtins.property
+    def urls(self) -> Global___BlockUrls:
+        """In order of the keys."""
+
     def __init__(
         self,
         *,
@@ -2024,10 +2033,11 @@ class AdminReply(_message.Message):
         flag: _builtins.bool = ...,
         chunks: _abc.Iterable[Global___ChunkId] | None = ...,
         statfs: Global___StatFsReply | None = ...,
+        urls: Global___BlockUrls | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "format", b"format", "inodes", b"inodes", "statfs", b"statfs", "status", b"status", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "format", b"format", "inodes", b"inodes", "statfs", b"statfs", "status", b"status", "urls", b"urls", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "count", b"count", "failure", b"failure", "flag", b"flag", "format", b"format", "garbage", b"garbage", "inodes", b"inodes", "owners", b"owners", "paths", b"paths", "quotas", b"quotas", "slices", b"slices", "statfs", b"statfs", "status", b"status", "trashed", b"trashed", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "count", b"count", "failure", b"failure", "flag", b"flag", "format", b"format", "garbage", b"garbage", "inodes", b"inodes", "owners", b"owners", "paths", b"paths", "quotas", b"quotas", "slices", b"slices", "statfs", b"statfs", "status", b"status", "trashed", b"trashed", "urls", b"urls", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2047,6 +2057,62 @@ class Nothing(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Nothing: _TypeAlias = Nothing  # noqa: Y015
+
+@_typing.final
+class SignObjects(_message.Message):
+    """Sign URLs of objects of the volume, or of its backups, each of which does one thing; for administrators only."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Verb:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _VerbEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[SignObjects._Verb.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        LIST: SignObjects._Verb.ValueType  # 0
+        HEAD: SignObjects._Verb.ValueType  # 1
+        GET: SignObjects._Verb.ValueType  # 2
+        DELETE: SignObjects._Verb.ValueType  # 3
+
+    class Verb(_Verb, metaclass=_VerbEnumTypeWrapper): ...
+    LIST: SignObjects.Verb.ValueType  # 0
+    HEAD: SignObjects.Verb.ValueType  # 1
+    GET: SignObjects.Verb.ValueType  # 2
+    DELETE: SignObjects.Verb.ValueType  # 3
+
+    VERB_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    START_AFTER_FIELD_NUMBER: _builtins.int
+    DELETED_UUID_FIELD_NUMBER: _builtins.int
+    COMMAND_FIELD_NUMBER: _builtins.int
+    verb: Global___SignObjects.Verb.ValueType
+    start_after: _builtins.str
+    """LIST: what comes in the order of the bucket up to this key of the prefix, and this one, is left out."""
+    deleted_uuid: _builtins.str
+    """Of a volume that was deleted, whose objects are left."""
+    command: _builtins.bytes
+    """Chosen at random: requests of one command have one line in the audit log for each verb."""
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Relative to the prefix of the bucket. LIST takes one prefix, which ends in a slash."""
+
+    def __init__(
+        self,
+        *,
+        verb: Global___SignObjects.Verb.ValueType = ...,
+        keys: _abc.Iterable[_builtins.str] | None = ...,
+        start_after: _builtins.str = ...,
+        deleted_uuid: _builtins.str = ...,
+        command: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "deleted_uuid", b"deleted_uuid", "keys", b"keys", "start_after", b"start_after", "verb", b"verb"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignObjects: _TypeAlias = SignObjects  # noqa: Y015
 
 @_typing.final
 class AdminResolve(_message.Message):
@@ -2867,6 +2933,8 @@ class ManageRequest(_message.Message):
     LIST_TOKENS_FIELD_NUMBER: _builtins.int
     REVOKE_TOKEN_FIELD_NUMBER: _builtins.int
     DELETE_VOLUME_FIELD_NUMBER: _builtins.int
+    LIST_DELETED_FIELD_NUMBER: _builtins.int
+    FORGET_DELETED_FIELD_NUMBER: _builtins.int
     delete_volume: _builtins.str
     """TENANT/NAME. ENOTEMPTY while clients use it."""
     @_builtins.property
@@ -2883,6 +2951,10 @@ class ManageRequest(_message.Message):
     def list_tokens(self) -> Global___ListTokens: ...
     @_builtins.property
     def revoke_token(self) -> Global___RevokeToken: ...
+    @_builtins.property
+    def list_deleted(self) -> Global___ListDeleted: ...
+    @_builtins.property
+    def forget_deleted(self) -> Global___ForgetDeleted: ...
     def __init__(
         self,
         *,
@@ -2894,12 +2966,14 @@ class ManageRequest(_message.Message):
         list_tokens: Global___ListTokens | None = ...,
         revoke_token: Global___RevokeToken | None = ...,
         delete_volume: _builtins.str = ...,
+        list_deleted: Global___ListDeleted | None = ...,
+        forget_deleted: Global___ForgetDeleted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_tenant", b"create_tenant", "create_token", b"create_token", "delete_tenant", b"delete_tenant", "delete_volume", b"delete_volume", "list_tenants", b"list_tenants", "list_tokens", b"list_tokens", "operation", b"operation", "revoke_token", b"revoke_token", "set_tenant_quota", b"set_tenant_quota"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_tenant", b"create_tenant", "create_token", b"create_token", "delete_tenant", b"delete_tenant", "delete_volume", b"delete_volume", "forget_deleted", b"forget_deleted", "list_deleted", b"list_deleted", "list_tenants", b"list_tenants", "list_tokens", b"list_tokens", "operation", b"operation", "revoke_token", b"revoke_token", "set_tenant_quota", b"set_tenant_quota"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_tenant", b"create_tenant", "create_token", b"create_token", "delete_tenant", b"delete_tenant", "delete_volume", b"delete_volume", "list_tenants", b"list_tenants", "list_tokens", b"list_tokens", "operation", b"operation", "revoke_token", b"revoke_token", "set_tenant_quota", b"set_tenant_quota"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_tenant", b"create_tenant", "create_token", b"create_token", "delete_tenant", b"delete_tenant", "delete_volume", b"delete_volume", "forget_deleted", b"forget_deleted", "list_deleted", b"list_deleted", "list_tenants", b"list_tenants", "list_tokens", b"list_tokens", "operation", b"operation", "revoke_token", b"revoke_token", "set_tenant_quota", b"set_tenant_quota"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["create_tenant", "list_tenants", "delete_tenant", "set_tenant_quota", "create_token", "list_tokens", "revoke_token", "delete_volume"]  # noqa: Y015
+    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["create_tenant", "list_tenants", "delete_tenant", "set_tenant_quota", "create_token", "list_tokens", "revoke_token", "delete_volume", "list_deleted", "forget_deleted"]  # noqa: Y015
     _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_operation) -> _WhichOneofReturnType_operation | None: ...
 
@@ -2914,6 +2988,7 @@ class ManageReply(_message.Message):
     TOKEN_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
+    DELETED_FIELD_NUMBER: _builtins.int
     token: _builtins.str
     """The token that was made: nobody can be asked for it again."""
     @_builtins.property
@@ -2926,6 +3001,10 @@ class ManageReply(_message.Message):
     def format(self) -> Global___VolumeFormat:
         """The volume that was deleted: where its objects are."""
 
+    @_builtins.property
+    def deleted(self) -> _containers.RepeatedCompositeFieldContainer[Global___VolumeFormat]:
+        """Volumes that were deleted, and whose objects may be left."""
+
     def __init__(
         self,
         *,
@@ -2934,14 +3013,63 @@ class ManageReply(_message.Message):
         token: _builtins.str = ...,
         tokens: _abc.Iterable[Global___TokenInfo] | None = ...,
         format: Global___VolumeFormat | None = ...,
+        deleted: _abc.Iterable[Global___VolumeFormat] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "format", b"format"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "format", b"format", "tenants", b"tenants", "token", b"token", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted", b"deleted", "failure", b"failure", "format", b"format", "tenants", b"tenants", "token", b"token", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ManageReply: _TypeAlias = ManageReply  # noqa: Y015
+
+@_typing.final
+class ListDeleted(_message.Message):
+    """Those with such a name whose keys the service keeps, until it is told that their objects are gone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    VOLUME_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    volume: _builtins.str
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        volume: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tenant", b"tenant", "volume", b"volume"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDeleted: _TypeAlias = ListDeleted  # noqa: Y015
+
+@_typing.final
+class ForgetDeleted(_message.Message):
+    """The objects are gone, or are to stay: forget the keys. ENOENT."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    UUID_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    uuid: _builtins.str
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        uuid: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tenant", b"tenant", "uuid", b"uuid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForgetDeleted: _TypeAlias = ForgetDeleted  # noqa: Y015
 
 @_typing.final
 class CreateTenant(_message.Message):

@@ -10,6 +10,7 @@ import errno
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
+from chunkstore.errors import BucketDenied, BucketInvalid
 from chunkstore.signing import S3Signer
 from metasvc.api.bucket_keys import check_keys
 from metasvc.errors import FsError
@@ -68,6 +69,13 @@ class VolumeAccess:
         if self._signer is None or self._signer[0] is not kept:
             self._signer = kept, S3Signer(url, kept)
         return self._signer[1]
+
+    async def can_sign(self) -> bool:
+        """Return whether URLs can be signed, also where the keys that are kept do not do. StoreError."""
+        try:
+            return await self.signer() is not None
+        except (KeysLocked, BucketDenied, BucketInvalid):
+            return False
 
     async def require_signer(self) -> S3Signer:
         """Return what signs URLs. ENOTSUP."""

@@ -27,13 +27,16 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from chunkstore.errors import AtollError
+from metasvc.api.volume_format import parse_format
 from metasvc.model import VolumeFormat
 from metasvc.store import Store
 
-__all__ = ["BucketKeys", "KeysLocked", "MasterKeyInvalid", "MasterKeys"]
+__all__ = ["DELETED", "BucketKeys", "KeysLocked", "MasterKeyInvalid", "MasterKeys"]
 
 MASTER_KEY_VARIABLE: Final = "ATOLL_MASTER_KEY"
 _PREFIX: Final = "keys/"
+DELETED: Final = "deleted/"
+"""How the settings begin that say which volumes were deleted and keep their keys (metasvc.server.deleted)."""
 _VERSION: Final = b"\x01"
 _ID_BYTES: Final = 8
 _NONCE_BYTES: Final = 12
@@ -164,6 +167,10 @@ class BucketKeys:
         found = json.loads(self._master.open(sealed, bound_to=_bound_to(form)))
         return {str(name): str(value) for name, value in found.items()}
 
+    async def has(self, form: VolumeFormat) -> bool:
+        """Return whether keys of a volume are kept, also such as cannot be read. One trip."""
+        return await self._store.setting(_name(form)) is not None
+
     async def put(self, form: VolumeFormat, keys: Mapping[str, str]) -> None:
         """Keep the keys of a volume, in place of those of before; durable when it returns. KeysLocked."""
         if self._master is None:
@@ -188,16 +195,20 @@ class BucketKeys:
             raise KeysLocked(f"there is no master key: give the new one and the old one, with --master-key-file or "
                              f"{MASTER_KEY_VARIABLE}")  # fmt: skip
         forms = {_name(form): form for form in await self._store.list_volumes()}
+        # Behind those: whoever is deleted is remembered first.
+        for value in (await self._store.settings(DELETED)).values():
+            form = parse_format(value.decode())
+            forms.setdefault(_name(form), form)
         done = 0
         for name, sealed in (await self._store.settings(_PREFIX)).items():
             if self._master.is_first(sealed):
                 continue
-            form = forms.get(name)
-            if form is None:
+            owner = forms.get(name)
+            if owner is None:
                 # Of a volume whose deletion was interrupted.
                 await self._store.delete_setting(name)
                 continue
-            bound_to = _bound_to(form)
+            bound_to = _bound_to(owner)
             anew = self._master.seal(self._master.open(sealed, bound_to=bound_to), bound_to=bound_to)
             # Whoever replaced them meanwhile did so with the first key of his process: looked at by the next rotation.
             done += await self._store.replace_setting(name, anew, expected=sealed)

@@ -28,6 +28,7 @@ from metasvc.engine.load import load
 from metasvc.errors import FsError
 from metasvc.model import VolumeFormat
 from metasvc.server.connection import Silent
+from metasvc.server.deleted import check_not_in
 from metasvc.server.session import Misbehaved
 from metasvc.server.volumes import EMBEDDED_BUCKET, Volumes
 
@@ -57,6 +58,12 @@ async def load_volume(volumes: Volumes, tenant: str, name: str, frames: Frames) 
     if request.least_slice_id >= MAX_SLICE_ID:
         raise Misbehaved("asked for slice ids that no volume has")
 
+    deleted = await volumes.deleted.uuids()
+
+    def check(volume_format: VolumeFormat) -> None:
+        _check(volume_format)
+        check_not_in(deleted, volume_format.uuid)
+
     def told(rows: int, taken_bytes: int) -> None:
         frames.send(pb.LoadState(rows=rows, taken_bytes=taken_bytes).SerializeToString())
 
@@ -70,7 +77,7 @@ async def load_volume(volumes: Volumes, tenant: str, name: str, frames: Frames) 
                 address=volumes.address,
                 bucket_url=request.bucket_url or None,
                 least_slice_id=request.least_slice_id,
-                check=_check,
+                check=check,
                 told=told,
             )
         await volumes.store.add_tenant(tenant, created_ns=time.time_ns())

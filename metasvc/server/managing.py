@@ -33,7 +33,7 @@ __all__ = ["Managing"]
 
 _MAX_LASTS_S: Final = 100 * 365 * 86400.0
 _MAX_LABEL: Final = 200
-_READING: Final = frozenset({"list_tenants", "list_tokens"})
+_READING: Final = frozenset({"list_tenants", "list_tokens", "list_deleted"})
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,8 @@ class Managing:
             "list_tokens": self._list_tokens,
             "revoke_token": self._revoke_token,
             "delete_volume": self._delete_volume,
+            "list_deleted": self._list_deleted,
+            "forget_deleted": self._forget_deleted,
         }
 
     async def manage(self, request: pb.ManageRequest, rights: Rights, peer: str) -> pb.ManageReply:
@@ -112,6 +114,12 @@ class Managing:
         left = [form.name for form in await self._store.list_volumes() if form.tenant == asked.name]
         if left:
             raise FsError(E.ENOTEMPTY, f"tenant {asked.name} has volumes ({', '.join(left[:5])}): delete them first")
+        if deleted := [form.name for form in await self._volumes.deleted.of(asked.name)]:
+            raise FsError(
+                E.ENOTEMPTY,
+                f"objects of deleted volumes of tenant {asked.name} are left ({', '.join(deleted[:5])}): finish that with "
+                "`atoll delete --resume`",
+            )
         await self._revoke(await self._tokens.all_of(asked.name))
         await self._store.delete_setting(limits_name(asked.name))
         await self._store.delete_setting(shares_name(asked.name))
@@ -216,6 +224,18 @@ class Managing:
         await self._revoke([info for info in await self._tokens.all_of(tenant) if info.volume == name])
         log.info("volume %s/%s was deleted", tenant, name)
         return pb.ManageReply(format=pb.VolumeFormat(json=dump_format(volume.format)))
+
+    async def _list_deleted(self, asked: pb.ListDeleted, rights: Rights) -> pb.ManageReply:
+        check_name(asked.tenant)
+        rights.require_admin("deleting a volume", tenant=asked.tenant)
+        found = await self._volumes.deleted.of(asked.tenant, asked.volume)
+        return pb.ManageReply(deleted=[pb.VolumeFormat(json=dump_format(form)) for form in found])
+
+    async def _forget_deleted(self, asked: pb.ForgetDeleted, rights: Rights) -> pb.ManageReply:
+        check_name(asked.tenant)
+        rights.require_admin("deleting a volume", tenant=asked.tenant)
+        await self._volumes.deleted.forget(asked.tenant, asked.uuid)
+        return pb.ManageReply()
 
 
 def _checked(limits: Limits) -> Limits:

@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from chunkstore.errors import AtollError
+from chunkstore.errors import AtollError, BucketDenied, BucketInvalid
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api import wire
 from metasvc.api.bucket_keys import BucketKeysInvalid
@@ -30,7 +30,7 @@ from metasvc.api.volume_format import dump_format, parse_format
 from metasvc.engine import first_rows
 from metasvc.errors import FsError, NotOwner, StoreError, VolumeExists, VolumeIncomplete, VolumeMissing
 from metasvc.server.administration import administer, dump_parts, problems
-from metasvc.server.audit import audited
+from metasvc.server.audit import Commands, audited
 from metasvc.server.certificate import Certificate
 from metasvc.server.connection import Connection, Silent
 from metasvc.server.crowds import Doorway, Repeated, Unfinished
@@ -38,6 +38,8 @@ from metasvc.server.keys import KeysLocked
 from metasvc.server.loading import check_format, load_volume
 from metasvc.server.managing import Managing
 from metasvc.server.names import check_name, volume_name
+from metasvc.server.object_urls import OPERATION as SIGN_OBJECTS
+from metasvc.server.object_urls import VERBS, sign_objects
 from metasvc.server.rights import Rights, TokenRefused
 from metasvc.server.session import Misbehaved
 from metasvc.server.tokens import Tokens
@@ -80,6 +82,7 @@ class Service:
         self._volumes = volumes
         self._tokens = tokens
         self._managing = Managing(volumes, tokens, self.cut_off)
+        self._commands = Commands()
         self._server: asyncio.Server | None = None
         self._serving: set[asyncio.Task[None]] = set()
         self._open: set[Frames] = set()
@@ -238,6 +241,8 @@ class Service:
                 expiry.cancel()
 
     async def _administer(self, request: pb.AdminRequest, call: _Call) -> Message:
+        if request.WhichOneof("operation") == SIGN_OBJECTS:
+            return await self._sign_objects(request.sign_objects, call)
         volume = await self._volume(call)
         reply = await administer(volume.admin, request, call.rights, peer=call.peer, volume=volume.name)
         if reply.HasField("status") and not call.rights.is_confined:
@@ -245,6 +250,29 @@ class Service:
             if call.rights.is_admin and (use := volume.tenant_use) is not None:
                 wire.put_row(use, reply.status.tenant)
         return reply
+
+    async def _sign_objects(self, asked: pb.SignObjects, call: _Call) -> Message:
+        tenant, name = volume_name(call.volume)
+        action = f"sign URLs that {VERBS.get(asked.verb, 'do')} objects of"
+        deleted = f" (deleted, {asked.deleted_uuid[:40]})" if asked.deleted_uuid else ""
+        command = asked.command[:32]
+        try:
+            with self._commands.audited(call.rights, call.peer, action, f"{tenant}/{name}{deleted}", command=command):
+                call.rights.require_volume(tenant, name)
+                call.rights.require_admin(
+                    "listing, reading or deleting objects without the keys of the bucket", tenant=tenant
+                )
+                if asked.deleted_uuid:
+                    form = await self._volumes.deleted.get(tenant, asked.deleted_uuid)
+                    signer = await self._volumes.deleted.signer(form)
+                else:
+                    volume = await self._volume(call)
+                    form, signer = volume.format, await volume.access.require_signer()
+                return sign_objects(asked, form.uuid, signer)
+        except (FsError, KeysLocked, BucketDenied, BucketInvalid) as error:
+            reply = pb.AdminReply()
+            wire.put_failure(error, reply.failure)
+            return reply
 
     async def _check(self, call: _Call, frames: Frames) -> None:
         request = await _request(pb.CheckRequest, frames)
@@ -281,6 +309,7 @@ class Service:
             check_format(volume_format)
             if any(each.uuid == volume_format.uuid for each in await store.list_volumes()):
                 raise VolumeExists(f"there is a volume with the uuid {volume_format.uuid}: make another")
+            await self._volumes.deleted.check_free(volume_format.uuid)
             rows = first_rows(volume_format, uid=request.uid, gid=request.gid, mode=request.mode & 0o7777)
             await store.add_tenant(volume_format.tenant, created_ns=time.time_ns())
             await store.create_volume(volume_format, rows)

@@ -41,6 +41,7 @@ from metasvc.engine.memory_budget import MemoryBudget
 from metasvc.errors import FsError, NotOwner, VolumeIncomplete, VolumeMissing
 from metasvc.model import Ino, SessionId, TenantUse, VolumeFormat
 from metasvc.server.access import VolumeAccess
+from metasvc.server.deleted import DeletedVolumes
 from metasvc.server.keys import BucketKeys
 from metasvc.server.metrics import ServiceMetrics
 from metasvc.server.session import ServedSession
@@ -354,6 +355,7 @@ class Volumes:
         self._objects_url = objects_url
         self._work = work
         self._keys = keys
+        self.deleted = DeletedVolumes(store, keys)
         self.metrics = ServiceMetrics(lambda: self, lambda: self.space.uses)
         self.store = store
         self.expiry_s = expiry_s
@@ -517,6 +519,7 @@ class Volumes:
     async def delete(self, tenant: str, name: str) -> None:
         """Delete a volume that this process owns, with all its rows. FsError EBUSY while clients use it.
 
+        Where it signed URLs the volume is remembered, so that its objects are deleted by such (metasvc.server.deleted).
         NotOwner if another process was quicker to take it when this one had given it up: ask there.
         """
         await self._finished(self._delete((tenant, name), await self.get(tenant, name)))
@@ -528,13 +531,16 @@ class Volumes:
             used_by = sum(session.outlet is not None for session in volume.sessions.values())
             if used_by:
                 raise FsError(16, f"{used_by} clients use volume {volume.name}: unmount them, or revoke their tokens")
+            may_sign = await volume.access.can_sign()
             del self._open[key]
             if (watch := self._watches.pop(volume, None)) is not None:
                 watch.cancel()
             await _close_for(volume, VolumeMissing(f"volume {volume.name} was deleted"))
+            if may_sign:
+                await self.deleted.remember(volume.format)
             await self.store.delete_volume(*key)
             await self.space.forget(key[0], volume.format.uuid)
-            if self._keys is not None:
+            if self._keys is not None and not may_sign:
                 await self._keys.forget(volume.format)
 
     async def _watch(self, key: tuple[str, str], volume: Volume) -> None:

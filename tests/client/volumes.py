@@ -117,7 +117,7 @@ async def opened(
         )
         async with (
             volume.session(mountpoint="/nowhere") as meta,
-            ChunkStore(config, bucket=volume.bucket()) as chunks,
+            ChunkStore(config, bucket=await volume.bucket()) as chunks,
         ):
             found = Opened(volume, meta, chunks)
             volume.mounting = found

@@ -149,9 +149,9 @@ def test_a_service_that_is_restarted_goes_on_signing_and_refuses_without_its_mas
             assert right.returncode == 0, right
             assert (volume.path / "file").read_bytes() == data
             for command in ("gc", "fsck"):
-                refused = atoll(command, str(volume.path), environment=volume.environment)
-                assert refused.returncode == 1
-                assert "the service keeps its keys" in refused.stderr
+                # By URLs that the service signs for administrators: test_keys_admin.py.
+                done = atoll(command, str(volume.path), environment=volume.environment)
+                assert done.returncode == 0, done
             collected = atoll("gc", volume.address, environment={**volume.environment, **bucket.environment})
             assert collected.returncode == 0, collected
         (tmp_path / "mnt").mkdir()

@@ -19,6 +19,7 @@ from typing import Any
 
 import jwt
 
+from chunkstore.buckets.signed import Verb
 from chunkstore.errors import AtollError
 from chunkstore.geometry import SliceId
 from client.meta.admin import RemoteAdmin
@@ -27,6 +28,7 @@ from client.meta.encryption import Trust
 from client.meta.endpoint import AccessRefused, Endpoint, ServiceRefused
 from client.meta.managing import RemoteManaging
 from client.meta.remote import RemoteMeta
+from client.meta.signing import ObjectSigning
 from metasvc.api import atoll_pb2 as pb
 from metasvc.api.frames import EndedByService, Frames
 from metasvc.api.server import Server
@@ -432,6 +434,26 @@ managing("a tenant deletes another's volume", lambda w, m: m.delete_volume("riva
 managing("a tenant makes a tenant", lambda w, m: m.create_tenant("third", max_bytes=0, max_inodes=0), **TENANT)
 managing("a tenant deletes a tenant", lambda w, m: m.delete_tenant("rival"), **TENANT)
 managing("a tenant lifts its own limits", lambda w, m: m.set_tenant_quota("team", max_bytes=0, max_inodes=0), **TENANT)
+
+
+managing("a user lists deleted volumes", lambda w, m: m.deleted_volumes("team", "data"), **USER)
+managing("a tenant lists another's deleted volumes", lambda w, m: m.deleted_volumes("rival", "data"), **TENANT)
+managing("a tenant has another's keys forgotten", lambda w, m: m.forget_deleted("rival", "0" * 32), **TENANT)
+
+
+def signing(name: str, verb: Verb, volume: str = "team/data", deleted_uuid: str = "", **token: Any) -> None:
+    @attack(name, AccessRefused, errno.EACCES)
+    async def attempt(world: World) -> None:
+        endpoint = world.endpoint(await world.made(pb.CreateToken(**token)))
+        await ObjectSigning(endpoint, volume, deleted_uuid=deleted_uuid).sign(verb, [f"{world.owner.meta.format.uuid}/"])
+
+
+signing("a user has a listing of objects signed", "list", **USER)
+signing("a user has the deletion of objects signed", "delete", **USER)
+signing("a user of a subtree has the reading of objects signed", "get", path=[b"inside"], **USER)
+signing("a tenant has a listing of another's objects signed", "list", "rival/data", **TENANT)
+signing("a tenant has the deletion of another's objects signed", "delete", "rival/data", **TENANT)
+signing("a tenant has the deletion of another's deleted volume signed", "delete", "rival/data", "0" * 32, **TENANT)
 
 
 @attack("a tenant's administrator makes a volume for another", AccessRefused, errno.EACCES)

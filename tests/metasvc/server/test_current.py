@@ -9,6 +9,7 @@ import pytest
 from bench.processes import run_step
 from metasvc.api import atoll_pb2 as pb
 from metasvc.server.administration import _OPERATIONS as ADMIN
+from metasvc.server.object_urls import OPERATION as SIGN_OBJECTS
 from metasvc.server.operations import OPERATIONS
 
 ROOT = Path(__file__).parents[3]
@@ -23,7 +24,7 @@ def test_the_generated_code_is_current(name: str, tmp_path: Path) -> None:
 
 def test_every_operation_of_the_proto_file_is_served() -> None:
     assert OPERATIONS.keys() == {field.name for field in pb.Request.DESCRIPTOR.oneofs[0].fields}
-    assert ADMIN.keys() == {field.name for field in pb.AdminRequest.DESCRIPTOR.oneofs[0].fields}
+    assert {*ADMIN, SIGN_OBJECTS} == {field.name for field in pb.AdminRequest.DESCRIPTOR.oneofs[0].fields}
 
 
 def test_numbers_of_fields_have_no_gaps_that_are_not_reserved() -> None:

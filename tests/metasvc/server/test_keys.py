@@ -200,7 +200,11 @@ async def test_a_service_keeps_the_keys_that_an_administrator_gives(caplog: pyte
         await service.stop()
         await service.start()
         assert await (await service.volume()).access.kept() == KEYS
-        await service.volumes.delete("acme", "v1")  # type: ignore[union-attr]
+        assert service.volumes is not None
+        await service.volumes.delete("acme", "v1")
+        # Its objects are deleted with them: see test_object_urls.py.
+        assert [*await store.settings("keys/")] == [f"keys/{form_of(1).uuid}"]
+        await service.volumes.deleted.forget("acme", form_of(1).uuid)
     assert await store.settings("keys/") == {}
 
 

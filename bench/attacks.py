@@ -122,7 +122,7 @@ KINDS: Final[Sequence[tuple[str, float | None, bool]]] = (
 
 CROWDS: Final[Sequence[tuple[str, int, bool]]] = (
     ("silent", 10_000, True),
-    ("silent within an opening of 60 kB", 10_000, True),
+    ("silent within an opening of 16 KiB", 10_000, True),
     ("silent within a message of 15 MiB", 32, False),
     ("ask for 256 pages of a directory and read nothing", 2, False),
 )

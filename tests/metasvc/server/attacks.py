@@ -441,11 +441,11 @@ managing("a tenant lists another's deleted volumes", lambda w, m: m.deleted_volu
 managing("a tenant has another's keys forgotten", lambda w, m: m.forget_deleted("rival", "0" * 32), **TENANT)
 
 
-def signing(name: str, verb: Verb, volume: str = "team/data", deleted_uuid: str = "", **token: Any) -> None:
+def signing(name: str, verb: Verb, of: str = "team/data", deleted_uuid: str = "", **token: Any) -> None:
     @attack(name, AccessRefused, errno.EACCES)
     async def attempt(world: World) -> None:
         endpoint = world.endpoint(await world.made(pb.CreateToken(**token)))
-        await ObjectSigning(endpoint, volume, deleted_uuid=deleted_uuid).sign(verb, [f"{world.owner.meta.format.uuid}/"])
+        await ObjectSigning(endpoint, of, deleted_uuid=deleted_uuid).sign(verb, [f"{world.owner.meta.format.uuid}/"])
 
 
 signing("a user has a listing of objects signed", "list", **USER)

@@ -30,6 +30,8 @@ Verb = Literal["get", "put", "delete", "list", "head"]
 VERBS: Final[tuple[Verb, ...]] = ("get", "put", "delete", "list", "head")
 
 _SILENCE_S: Final = 10.0
+_LEAST_S: Final = 0.01
+"""With less time left no attempt is made: it would fail for want of time, and hide why those before it did."""
 
 log = logging.getLogger(__name__)
 
@@ -220,20 +222,29 @@ class RetryingStore:
             raise error
         delay_s = self._policy.delay_s(failures, self._random)
         now = self._clock()
-        if now + delay_s >= deadline:
-            tally.errors += 1
-            if failures == 1:
-                raise error
-            raise BucketUnavailable(
-                f"{error.message} (gave up after {failures} attempts in {now - began:.0f} s)"
-            ) from error
+        if now + delay_s + _LEAST_S >= deadline:
+            raise self._given_up(error, tally, failures=failures, began=began)
         # Once per outage, not for each attempt of all who wait for its end; nor for each hiccup of a server that has many.
         if self._failing_since is None and now >= self._silent_until:
             self._failing_since = now
             self._silent_until = now + _SILENCE_S
             log.warning("%s; trying again", error)
-        tally.retries += 1
         await self._sleep(delay_s)
+        if self._clock() + _LEAST_S >= deadline:
+            # Slept for longer than was asked for.
+            raise self._given_up(error, tally, failures=failures, began=began)
+        tally.retries += 1
+
+    def _given_up(self, error: AtollError, tally: _Tally, *, failures: int, began: float) -> AtollError:
+        """Return the error of the last attempt, with how many there were."""
+        tally.errors += 1
+        if failures == 1:
+            return error
+        told = BucketUnavailable(
+            f"{error.message} (gave up after {failures} attempts in {self._clock() - began:.0f} s)"
+        )
+        told.__cause__ = error
+        return told
 
     def _answered(self) -> None:
         """Note that the store answered, which ends an outage if one was logged."""

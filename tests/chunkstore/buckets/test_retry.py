@@ -159,6 +159,24 @@ def test_what_no_repeat_can_mend_is_raised_at_once(error: AtollError) -> None:
     assert store.counters()["get"].errors == 1
 
 
+def test_who_sleeps_beyond_the_budget_makes_no_attempt_that_cannot_succeed() -> None:
+    class Overslept(Time):
+        async def sleep(self, seconds: float) -> None:
+            await super().sleep(seconds)
+            self.now += 0.0 if len(self.sleeps) < 3 else 60 - (self.now - 1000) - 1e-4
+
+    played, script = Overslept(), Script(UNAVAILABLE)
+    store = _store(script, played, limits=Limits(budget_s=60))
+
+    async def use() -> None:
+        with pytest.raises(BucketUnavailable, match=r"SlowDown\) \(gave up after 3 attempts in 60 s\)"):
+            await store.get("k")
+
+    _run(use)
+    assert script.calls == 3
+    assert store.counters()["get"].errors == 1
+
+
 def test_when_the_budget_is_spent_the_last_error_is_raised_with_what_was_tried() -> None:
     played, script = Time(), Script(UNAVAILABLE)
     store = _store(script, played, limits=Limits(budget_s=60))

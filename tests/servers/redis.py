@@ -241,6 +241,8 @@ def redis_cluster(count: int = 3) -> Iterator[list[Redis]]:
             settings = {"cluster_enabled": "yes", "cluster_port": str(port), "cluster_node_timeout": "2000"}
             nodes.append(stack.enter_context(Redis(**settings)))
         for index, node in enumerate(nodes):
+            # As redis-cli does: servers that all begin at epoch 0 settle it later, and then take back slots that have moved.
+            node.command("CLUSTER", "SET-CONFIG-EPOCH", index + 1)
             node.command("CLUSTER", "ADDSLOTSRANGE", 16384 * index // count, 16384 * (index + 1) // count - 1)
             bus = int(node.command("CONFIG", "GET", "cluster-port")[1])
             nodes[0].command("CLUSTER", "MEET", node.host, node.port, bus)

@@ -15,7 +15,8 @@ Interleavings:
   connection: callers must be able to find out (metasvc.store.redis.volume).
 - A call that is marked ``again`` does the same done twice: when the connection breaks it is done again on another one, after
   a pause that doubles, until its deadline. Others fail at once with Unavailable. To connect is tried again for all of them,
-  and so is a call that a server of a cluster answers with MOVED or ASK, for it has not begun it.
+  and so is a call that a server of a cluster answers with MOVED or ASK, for it has not begun it. Two servers name each other
+  for a moment while a slot changes hands and only one of them knows: after a few answers of this kind there is a pause too.
 - ``_idle``, ``_open`` and the routes are changed between awaits only. ``_open`` has every connection that was not dropped, and
   never more than ``limit``: a call that needs another server closes one that nobody uses.
 
@@ -51,8 +52,13 @@ RETRY_FIRST_S: Final = 0.05
 RETRY_MAX_S: Final = 1.0
 CLOSE_S: Final = 5.0
 """What is under way when the store is closed may end within this."""
-_REDIRECTIONS: Final = 16
-"""So often a call follows MOVED and ASK: servers that name each other for longer are wrong."""
+_REDIRECTIONS: Final = 5
+"""So often a call follows MOVED and ASK at once: then it waits, for servers that name each other agree soon."""
+
+
+class _Unbegun(Unavailable):
+    """Nobody took the call: it is as if it had not been sent."""
+
 
 T = TypeVar("T")
 Work = Callable[[Link], Awaitable[T]]
@@ -179,32 +185,34 @@ class Lane:
         loop = asyncio.get_running_loop()
         delay_s = RETRY_FIRST_S
         while True:
-            is_sent = False
+            attempt_ends_s = min(ends_s, loop.time() + ATTEMPT_DEADLINE_S) if again else ends_s
             try:
-                link = await self._take(self._routes.node(tag), ends_s)
-                is_sent = True
-                attempt_ends_s = min(ends_s, loop.time() + ATTEMPT_DEADLINE_S) if again else ends_s
-                return await self._redirected(work, tag, link, attempt_ends_s)
-            except Unavailable:
+                return await self._redirected(work, tag, attempt_ends_s)
+            except Unavailable as exc:
                 self._routes.forget(tag)
-                if (is_sent and not again) or self._closed or loop.time() + delay_s >= ends_s:
+                is_free = again or isinstance(exc, _Unbegun)
+                if not is_free or self._closed or loop.time() + delay_s >= ends_s:
                     raise
             await asyncio.sleep(delay_s)
             delay_s = min(RETRY_MAX_S, delay_s * 2)
 
-    async def _redirected(self, work: Work[T], tag: str, link: Link, ends_s: float) -> T:
-        """Run a call on a link, and on those of the servers that it is sent to instead."""
+    async def _redirected(self, work: Work[T], tag: str, ends_s: float) -> T:
+        """Run a call on the server that has its tag, and on those that it is sent to instead. StoreError, Unavailable."""
+        node, is_asking = self._routes.node(tag), False
         for _ in range(_REDIRECTIONS):
+            try:
+                link = await self._take(node, ends_s)
+            except Unavailable as exc:
+                raise _Unbegun(str(exc)) from exc
+            link.is_asking = is_asking
             try:
                 return await self._attempt(work, link, ends_s)
             except AskError as exc:
                 node = Node(exc.host or link.node.host, exc.port)
-                is_moved = isinstance(exc, MovedError)
-            if is_moved:
+                is_asking = not isinstance(exc, MovedError)
+            if not is_asking:
                 self._routes.learn(tag, node)
-            link = await self._take(node, ends_s)
-            link.is_asking = not is_moved
-        raise Unavailable(f"the servers of {self.at} send each other calls: see CLUSTER NODES there")
+        raise _Unbegun(f"the servers of {self.at} send each other calls: see CLUSTER NODES there")
 
     async def _take(self, node: Node | None, ends_s: float) -> Link:
         """Return a link that nobody uses, to a server or to any. StoreError."""

@@ -126,6 +126,33 @@ async def test_a_volume_that_moves_to_another_server_takes_its_owner_along(own_c
         assert not _has(source, key)
 
 
+async def test_while_two_servers_name_each_other_calls_wait(own_cluster: list[Redis]) -> None:
+    world = RedisWorld(ClusterAt(own_cluster))
+    async with world.running():
+        volume = await world.volume()
+        owner = await volume.acquire(nonce="first", address="here", ttl_s=3600)
+        await volume.commit(owner, 1, batch_of(Counter("n", 1)))
+        key = await world.volume_key()
+        (source,) = [node for node in own_cluster if _has(node, key)]
+        target = next(node for node in own_cluster if node is not source)
+        slot, taker = source.command("CLUSTER", "KEYSLOT", key), target.command("CLUSTER", "MYID")
+        target.command("CLUSTER", "SETSLOT", slot, "IMPORTING", source.command("CLUSTER", "MYID"))
+        source.command("CLUSTER", "SETSLOT", slot, "MIGRATING", taker)
+        for moved in source.command("CLUSTER", "GETKEYSINSLOT", slot, 100):
+            source.command("MIGRATE", target.host, target.port, moved, 0, 5000, "AUTH2", target.user, target.password)
+        # The wrong order: for now the target sends everybody back to the source.
+        source.command("CLUSTER", "SETSLOT", slot, "NODE", taker)
+        calls = [
+            asyncio.create_task(volume.commit(owner, 2, batch_of(Counter("n", 2)))),
+            asyncio.create_task(volume.scan(COUNTER, after=None, limit=9)),
+        ]
+        assert not (await asyncio.wait(calls, timeout=0.3))[0]
+        target.command("CLUSTER", "SETSLOT", slot, "NODE", taker)
+        await calls[0]
+        assert await calls[1] in ([Counter("n", 1)], [Counter("n", 2)])
+        assert await volume.last_batch(owner) == 2
+
+
 def _has(node: Redis, key: str) -> bool:
     return any(found == key.encode() for found in node.command("KEYS", "*:volume"))
 

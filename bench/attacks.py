@@ -12,7 +12,8 @@ First every attempt of the table in tests/metasvc/server/attacks.py is made once
 volume must be as before. Then windows with an attack and windows without take turns, and for each kind the table has
 
 - the speed of the honest client with the attack by that without (the median quotient of neighbouring windows, as disks are
-  slower now and then, in brackets the quartiles), in another tenant's volume and in the attacked one,
+  slower now and then, for crowds that of the sums; in brackets the quartiles of windows), in another tenant's volume and in the
+  attacked one,
 - P99 of its operations, and the longest one; and the median of a new connection with one small call, as of a client that comes,
 - attempts in a second, and the processor time of the service for each: what it took more than it takes for as much honest work,
 - what the service said to the attempts.
@@ -23,8 +24,9 @@ has such a client for comparison ("a getattr that is allowed"). So has it the sa
 difference that is smaller than the spread of those means anything.
 
 Crowds are up to 10,000 connections that fall silent, at the start, within their first message, within a later one, or that
-read nothing of what they asked for. Their figures are those while they come, while they stand, and while the service ends them,
-with its memory. Packets without a connection (a flood of SYN) meet the kernel and not the service: they are not made.
+read nothing of what they asked for. Their figures are those while they come, while they stand, while the service ends them,
+and of all this together (what was done by the time that it took), with its memory. Packets without a connection (a flood of
+SYN) meet the kernel and not the service: they are not made.
 
 Timings are reported and never judged. The exit status is 1 if an attempt was not refused as it must be, the honest client had
 an error or had to reconnect, or the service ended.
@@ -82,13 +84,15 @@ class Plan:
     crowd_pairs: int
     crowd: int
     """Connections at most."""
+    crowd_windows: int
+    """Before each crowd, and while one stands that is not waited for."""
     awaited: int
     """So many kinds of crowds are waited for until the service has ended them."""
     only: str
 
 
-FULL: Final = Plan(pairs=8, window_s=0.7, crowd_pairs=3, crowd=10_000, awaited=2, only="")
-QUICK: Final = Plan(pairs=3, window_s=0.05, crowd_pairs=1, crowd=2_000, awaited=1, only="")
+FULL: Final = Plan(pairs=8, window_s=0.7, crowd_pairs=3, crowd=10_000, crowd_windows=7, awaited=2, only="")
+QUICK: Final = Plan(pairs=3, window_s=0.05, crowd_pairs=1, crowd=2_000, crowd_windows=2, awaited=1, only="")
 
 KINDS: Final[Sequence[tuple[str, float | None, bool]]] = (
     ("nothing", None, False),
@@ -136,6 +140,9 @@ class Window:
 
     turns_per_s: dict[str, list[float]] = field(default_factory=lambda: {OTHERS: [], ATTACKED: []})
     """By volume; of each window."""
+    busy_s: dict[str, float] = field(default_factory=lambda: {OTHERS: 0.0, ATTACKED: 0.0})
+    done: dict[str, int] = field(default_factory=lambda: {OTHERS: 0, ATTACKED: 0})
+    """Turns, by volume, in ``busy_s``."""
     durations_us: list[int] = field(default_factory=list)
     newcomers_us: list[int] = field(default_factory=list)
     turns: int = 0
@@ -145,10 +152,16 @@ class Window:
         for volume, did in told["volumes"].items():
             if did["turns"]:
                 self.turns_per_s[volume].append(did["turns"] / did["busy_s"])
+            self.busy_s[volume] += did["busy_s"]
+            self.done[volume] += did["turns"]
             self.durations_us += did["durations_us"]
             self.turns += did["turns"]
         self.newcomers_us += told["newcomers_us"]
         self.service_cpu_s += cpu_s
+
+    def speed(self, volume: str) -> float:
+        """Return turns in a second over all windows."""
+        return self.done[volume] / self.busy_s[volume]
 
     @property
     def p99_ms(self) -> float:
@@ -197,21 +210,22 @@ class Field:
     attacker: Role
     wrong: list[str] = field(default_factory=list)
 
-    def window(self, seconds: float, into: Window) -> None:
+    def window(self, seconds: float, *into: Window) -> None:
         """Let the honest client work for so long."""
         before_s = _cpu_s(self.service.pid)
         told = self.honest.ask("measure", seconds=seconds, limit_s=seconds + 120)
-        into.add(told, _cpu_s(self.service.pid) - before_s)
+        for window in into:
+            window.add(told, _cpu_s(self.service.pid) - before_s)
         if told["reconnections"]:
             raise StepFailed("the honest client had to reconnect")
         if has_ended(self.service.pid):
             raise StepFailed("the service has ended")
 
-    def windows_until_heard(self, into: Window, *, limit_s: float) -> Any:
+    def windows_until_heard(self, into: Sequence[Window], *, limit_s: float) -> Any:
         """Let the honest client work until the attacker answers; the answer."""
         end_s = time.monotonic() + limit_s
         while not self.attacker.has_answered() and time.monotonic() < end_s:
-            self.window(0.1, into)
+            self.window(0.1, *into)
         return self.attacker.hear(limit_s=1.0)
 
     def memory_mib(self) -> float:
@@ -279,7 +293,7 @@ def _loss(
     return Loss(
         kind,
         rate,
-        {volume: _quotient(without.turns_per_s[volume], speeds) for volume, speeds in with_it.turns_per_s.items()},
+        {volume: _quotient(without, with_it, volume) for volume in with_it.turns_per_s},
         (without.p99_ms, with_it.p99_ms),
         (without.longest_ms, with_it.longest_ms),
         (without.newcomer_ms, with_it.newcomer_ms),
@@ -290,35 +304,42 @@ def _loss(
     )
 
 
-def _quotient(without: Sequence[float], with_it: Sequence[float]) -> tuple[float, float, float]:
-    """Return median and quartiles of the quotients: of neighbours where windows are pairs, else to the median without."""
-    if len(without) != len(with_it):
-        without = [median(without)] * len(with_it)
-    each = sorted(b / a for a, b in zip(without, with_it, strict=True))
-    return median(each), each[len(each) // 4], each[-1 - len(each) // 4]
+def _quotient(without: Window, with_it: Window, volume: str) -> tuple[float, float, float]:
+    """Return a quotient, and quartiles: the median of neighbours where windows are pairs, else what was done in all of them."""
+    before, after = without.turns_per_s[volume], with_it.turns_per_s[volume]
+    is_paired = len(before) == len(after)
+    if not is_paired:
+        before = [without.speed(volume)] * len(after)
+    each = sorted(b / a for a, b in zip(before, after, strict=True))
+    middle = median(each) if is_paired else with_it.speed(volume) / without.speed(volume)
+    return middle, each[len(each) // 4], each[-1 - len(each) // 4]
 
 
 def crowded(ground: Field, plan: Plan, kind: str, count: int, *, is_awaited: bool) -> Iterator[Loss]:
-    """Measure a crowd: while it comes, while it stands, and while the service ends it."""
-    without, coming, standing, ending = Window(), Window(), Window(), Window()
+    """Measure a crowd: while it comes, while it stands, while the service ends it, and all of that."""
+    without, coming, standing, ending, whole = Window(), Window(), Window(), Window(), Window()
     told: Counter[str] = Counter()
     before_mib, took_s = ground.memory_mib(), []
     ground.forget_peak()
     limit_s = 120.0
     for _ in range(plan.crowd_pairs):
-        ground.window(plan.window_s, without)
+        for _ in range(plan.crowd_windows):
+            ground.window(plan.window_s, without)
         ground.attacker.tell("gather", kind=kind, count=count)
-        took_s.append(ground.windows_until_heard(coming, limit_s=limit_s))
-        ground.window(plan.window_s, standing)
+        took_s.append(ground.windows_until_heard((coming, whole), limit_s=limit_s))
         if is_awaited:
-            ground.attacker.ask("first_end", limit_s=limit_s)
+            ground.attacker.tell("first_end")
+            ground.windows_until_heard((standing, whole), limit_s=limit_s)
             ground.attacker.tell("ends")
-            ground.windows_until_heard(ending, limit_s=limit_s)
+            ground.windows_until_heard((ending, whole), limit_s=limit_s)
+        else:
+            for _ in range(plan.crowd_windows):
+                ground.window(plan.window_s, standing, whole)
         told.update(ground.attacker.ask("disperse", limit_s=limit_s))
     phases = [("come", coming), ("stand", standing)]
     if is_awaited:
         phases.append(("are ended", ending))
-    for what, window in phases:
+    for what, window in [*phases, ("in all", whole)]:
         yield _loss(
             ground,
             kind,
@@ -327,7 +348,7 @@ def crowded(ground: Field, plan: Plan, kind: str, count: int, *, is_awaited: boo
             window,
             before_mib=before_mib,
             per_second=count / median(took_s) if window is coming else 0.0,
-            told=told if window is phases[-1][1] else Counter(),
+            told=told if window is whole else Counter(),
         )
 
 

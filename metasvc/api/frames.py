@@ -42,6 +42,9 @@ MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
 """Of a message from the service: the map of a file with thousands of inline slices."""
 STALLED_S: Final = 30.0
 _HIGH_BYTES: Final = 1024 * 1024
+_PART_BYTES: Final = 256 * 1024
+"""What has come of a message is kept in parts when it is more: one buffer that grows is copied again and again, and leaves
+holes behind it that nothing else fills (32 connections with 14 MiB each: 639 MiB)."""
 _HEADER: Final = struct.Struct("<I")
 _ENDED: Final = 1 << 31
 _TLS_HELLO: Final = b"\x16\x03"
@@ -112,10 +115,18 @@ class Frames(asyncio.Protocol):
         self._on_unfinished = on_unfinished
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
+        """What has come and was not cut yet, but for what `_parts` has."""
+        self._parts: list[bytearray] = []
+        """A long message that has not come whole, from its header on. Then nothing is in the buffer."""
+        self._missing_bytes = 0
+        """Of the message in `_parts`."""
+        self._parts_bytes = 0
         self._awaits_magic = True
         self._is_deaf = False
         """What comes now, or has come and was not read, counts no more."""
         self._is_greeted = False
+        self._is_paused = self._is_held = False
+        """Nothing is received while one of both is so."""
         self._received: deque[bytes] = deque()
         self._reader: asyncio.Future[None] | None = None
         self._deliver: Callable[[bytes], object] | None = None
@@ -240,12 +251,25 @@ class Frames(asyncio.Protocol):
 
     def pause(self) -> None:
         """Receive nothing until `resume`, but for what has come already."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.pause_reading()
+        self._is_paused = True
+        self._receive_or_not()
 
     def resume(self) -> None:
         """Undo `pause`."""
-        if self._transport is not None and not self._transport.is_closing():
+        self._is_paused = False
+        self._receive_or_not()
+
+    def hold(self, *, is_held: bool) -> None:
+        """Receive nothing while held: a pause for another reason."""
+        self._is_held = is_held
+        self._receive_or_not()
+
+    def _receive_or_not(self) -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
+        if self._is_paused or self._is_held:
+            self._transport.pause_reading()
+        else:
             self._transport.resume_reading()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -262,13 +286,38 @@ class Frames(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Take what came (called by the transport)."""
         self.heard_s = time.monotonic()
-        self._buffer += data
+        if not self._parts:
+            self._buffer += data
+        elif len(data) < self._missing_bytes:
+            self._keep_part(data)
+            self._tell_unfinished(is_new=False)
+            return
+        else:
+            self._buffer = bytearray().join([*self._parts, data])
+            self._forget_parts()
         self._parse()
+
+    def _keep_part(self, data: bytes | bytearray) -> None:
+        # Not a part for each: whoever sends byte by byte would take forty for one.
+        if self._parts and len(self._parts[-1]) < _PART_BYTES:
+            self._parts[-1] += data
+        else:
+            self._parts.append(bytearray(data))
+        self._parts_bytes += len(data)
+        self._missing_bytes -= len(data)
+
+    def _forget_parts(self) -> None:
+        self._parts = []
+        self._parts_bytes = self._missing_bytes = 0
+
+    def _tell_unfinished(self, *, is_new: bool) -> None:
+        if self._on_unfinished is not None:
+            self._on_unfinished(self, len(self._buffer) + self._parts_bytes, is_new=is_new)
 
     def _parse(self) -> None:
         """Cut messages: all that came, or the next one where they are read one by one (its limits may depend on the last)."""
         buffer = self._buffer
-        at = 0
+        at = missing_bytes = 0
         if self._awaits_magic:
             if not MAGIC.startswith(bytes(buffer[: len(MAGIC)])):
                 self._refuse(_no_magic(bytes(buffer[: len(MAGIC)])))
@@ -285,6 +334,7 @@ class Frames(asyncio.Protocol):
                 return
             past = at + _HEADER.size + length
             if len(buffer) < past:
+                missing_bytes = past - len(buffer)
                 break
             message = bytes(buffer[at + _HEADER.size : past])
             at = past
@@ -297,13 +347,17 @@ class Frames(asyncio.Protocol):
                 self.pause()
                 self._wake()
         del buffer[:at]
-        if self._on_unfinished is not None:
-            self._on_unfinished(self, len(buffer), is_new=at > 0)
+        if missing_bytes and len(buffer) > _PART_BYTES:
+            self._missing_bytes = missing_bytes + len(buffer)
+            self._keep_part(buffer)
+            self._buffer = bytearray()
+        self._tell_unfinished(is_new=at > 0)
 
     def give_up(self, why: str) -> None:
         """Drop what has come of a message, and take no more. Stalled."""
         self._is_deaf = True
         self._buffer.clear()
+        self._forget_parts()
         self._fail(Stalled(why))
         self.pause()
 
@@ -336,6 +390,7 @@ class Frames(asyncio.Protocol):
         """Take note of the end (called by the transport)."""
         self.gone.set_result(None)
         self._unwatch()
+        self._forget_parts()
         if self._on_unfinished is not None:
             self._on_unfinished(self, 0, is_new=True)
         self._fail(ConnectionLost("the connection was lost" if error is None else f"the connection was lost: {error}"))

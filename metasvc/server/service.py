@@ -1,6 +1,6 @@
 """The server: who may call, and which call goes where.
 
-Owns the listening socket, the connections, and the one table from errors to what a client is told. Metadata operations travel
+Owns the connections, and the one table from errors to what a client is told. Metadata operations travel
 on streams (connection); administration is a connection for each call (administration, managing). Every connection begins with
 a token, which is checked before anything else is looked at; what it allows goes with the call.
 
@@ -13,6 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import socket
+import ssl
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import aclosing, contextmanager
@@ -35,6 +37,7 @@ from metasvc.server.certificate import Certificate
 from metasvc.server.connection import Connection, Silent
 from metasvc.server.crowds import Doorway, Repeated, Unfinished
 from metasvc.server.keys import KeysLocked
+from metasvc.server.listening import Listener
 from metasvc.server.loading import check_format, load_volume
 from metasvc.server.managing import Managing
 from metasvc.server.names import check_name, volume_name
@@ -47,7 +50,6 @@ from metasvc.server.volumes import SessionEnded, Volume, Volumes
 
 OPENING_S: Final = 10.0
 """A connection that has not said by then what it is for is closed."""
-BACKLOG: Final = 1024
 REVOKED_S: Final = 0.5
 """So often a process looks whether tokens were revoked."""
 _ALL_LOOKED_AT_S: Final = 60.0
@@ -83,8 +85,11 @@ class Service:
         self._tokens = tokens
         self._managing = Managing(volumes, tokens, self.cut_off)
         self._commands = Commands()
-        self._server: asyncio.Server | None = None
+        self._listener = Listener(self._connect)
+        self._certificate: Certificate | None = None
         self._serving: set[asyncio.Task[None]] = set()
+        self._beginning: set[asyncio.Task[None]] = set()
+        """Connections within the handshake of TLS."""
         self._open: set[Frames] = set()
         self._repeated = Repeated()
         self._doorway = Doorway(self._repeated)
@@ -106,32 +111,21 @@ class Service:
     async def start(self, listen: str, *, certificate: Certificate | None = None) -> int:
         """Listen on HOST:PORT (port 0: any), with a certificate by TLS only; the port. StoreError if the address is taken."""
         host, _, port = listen.rpartition(":")
-        encryption: dict[str, Any] = {}
-        if certificate is not None:
-            encryption = {
-                "ssl": certificate.context,
-                "ssl_handshake_timeout": OPENING_S,
-                "ssl_shutdown_timeout": _SHUTDOWN_S,
-            }
+        self._certificate = certificate
         try:
-            self._server = await asyncio.get_running_loop().create_server(
-                lambda: Frames(max_bytes=MAX_OPENING_BYTES, on_made=self._accept, on_unfinished=self._unfinished.note),
-                host.strip("[]"),
-                int(port),
-                backlog=BACKLOG,
-                **encryption,
-            )
+            return await self._listener.start(host.strip("[]"), int(port))
         except OSError as error:
             raise StoreError(
                 f"cannot listen on {listen}: {error.strerror or error}; give another with --listen"
             ) from error
-        listening: int = self._server.sockets[0].getsockname()[1]
-        return listening
 
     async def stop(self, *, grace_s: float) -> None:
         """Take no more calls, give running ones so long, then cut them off. Sessions stay."""
-        if self._server is not None:
-            self._server.close()
+        self._listener.close()
+        # Those that were just taken begin, so that what is cancelled has what it must close.
+        await asyncio.sleep(0)
+        for beginning in self._beginning:
+            beginning.cancel()
         for connection in list(self.connections):
             connection.fail(AtollError("the metadata service is ending", retryable=True))
         if self._serving:
@@ -148,6 +142,32 @@ class Service:
         await asyncio.sleep(0)
 
     # -- connections ------------------------------------------------------------------------------------------------------
+
+    def _connect(self, connection: socket.socket) -> None:
+        """Begin with a connection that was just taken."""
+        task = asyncio.get_running_loop().create_task(self._begin(connection))
+        self._beginning.add(task)
+        task.add_done_callback(self._beginning.discard)
+
+    async def _begin(self, connection: socket.socket) -> None:
+        encryption: dict[str, Any] = {}
+        if self._certificate is not None:
+            encryption = {
+                "ssl": self._certificate.context,
+                "ssl_handshake_timeout": OPENING_S,
+                "ssl_shutdown_timeout": _SHUTDOWN_S,
+            }
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: Frames(max_bytes=MAX_OPENING_BYTES, on_made=self._accept, on_unfinished=self._unfinished.note),
+                connection,
+                **encryption,
+            )
+        except ssl.SSLError as error:
+            self._repeated.tell(f"a connection by TLS does not begin: {error.strerror or error}")
+        except OSError as error:
+            # It went, or said nothing.
+            log.debug("a connection does not begin: %s", error)
 
     def _accept(self, frames: Frames) -> None:
         self._open.add(frames)

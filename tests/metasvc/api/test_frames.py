@@ -66,10 +66,19 @@ class _Socket:
         pass
 
 
+@pytest.mark.parametrize("part_bytes", [wire_frames._PART_BYTES, 40])
 @given(st.lists(st.binary(max_size=300), max_size=20), st.data())
-def test_messages_arrive_whole_however_the_bytes_are_cut(messages: list[bytes], data: st.DataObject) -> None:
+def test_messages_arrive_whole_however_the_bytes_are_cut(
+    part_bytes: int, messages: list[bytes], data: st.DataObject
+) -> None:
     async def check() -> None:
-        sender, receiver = Frames(max_bytes=LIMIT), Frames(max_bytes=LIMIT)
+        held_bytes = 0
+
+        def note(_: Frames, size_bytes: int, *, is_new: bool) -> None:
+            nonlocal held_bytes
+            held_bytes = size_bytes
+
+        sender, receiver = Frames(max_bytes=LIMIT), Frames(max_bytes=LIMIT, on_unfinished=note)
         wire, other = Wire(), Wire()
         sender.connection_made(wire)  # type: ignore[arg-type]
         receiver.connection_made(other)  # type: ignore[arg-type]
@@ -93,9 +102,14 @@ def test_messages_arrive_whole_however_the_bytes_are_cut(messages: list[bytes], 
             elif not is_delivering:
                 is_delivering = True
                 receiver.deliver(got.append)
+            sent_bytes = min(position, len(wire.written))
+            taken_bytes = len(MAGIC) + sum(4 + len(message) for message in [*got, *receiver._received])
+            assert sent_bytes < len(MAGIC) or held_bytes == sent_bytes - taken_bytes
         assert got == messages
 
-    asyncio.run(check())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wire_frames, "_PART_BYTES", part_bytes)
+        asyncio.run(check())
 
 
 async def test_the_other_side_hears_why_after_all_that_was_sent() -> None:
@@ -157,7 +171,7 @@ async def test_who_is_read_one_by_one_can_send_only_a_bounded_amount_ahead() -> 
                 there.send(bytes(LIMIT // 2))
                 await asyncio.sleep(0)
         await asyncio.sleep(0.05)
-        assert len(here._buffer) + sum(map(len, here._received)) < 2 * LIMIT
+        assert len(here._buffer) + here._parts_bytes + sum(map(len, here._received)) < 2 * LIMIT
         assert await here.read() == bytes(LIMIT // 2)
 
 

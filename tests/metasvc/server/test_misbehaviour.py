@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import struct
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, cast
@@ -20,6 +22,7 @@ from metasvc.api.server import Server
 from metasvc.errors import FsError, VolumeMissing
 from metasvc.model import ROOT_INO, Caller, Commit, Ino
 from metasvc.server import connection as server_connection
+from metasvc.server import crowds
 from metasvc.server.session import LONG_AT_ONCE, MAX_OUTSTANDING
 from metasvc.store.memory import MemoryStore
 from tests.metasvc.engine.volumes import format_volume
@@ -223,6 +226,37 @@ async def test_messages_that_do_not_end_take_a_bounded_amount_and_the_oldest_go(
         async with asyncio.timeout(20):
             while unfinished.total_bytes:
                 await asyncio.sleep(0.01)
+
+
+async def test_large_messages_come_in_pieces_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running() as service, connected(service) as bystander, AsyncExitStack() as stack:
+        assert service.service is not None
+        unfinished = service.service._unfinished
+        monkeypatch.setattr(crowds, "PIECE_S", 0.2)
+        crowd = []
+        for _ in range(4):
+            frames = await stack.enter_async_context(stream(service))
+            frames.send(hello())
+            await frames.read()
+            frames.send(from_client(pb.Request(number=1, lookup=pb.Lookup(parent=1, name=bytes(4 << 20)))))
+            crowd.append(frames)
+        most_bytes, began_s = 0, time.monotonic()
+        while time.monotonic() < began_s + 0.5:
+            await bystander.meta.getattr(ROOT_INO)
+            most_bytes = max(most_bytes, unfinished.total_bytes)
+        # By now three pieces beyond what comes at once, and of each what was read last before that.
+        assert 4 * crowds.LARGE_BYTES < most_bytes <= 4 * (crowds.LARGE_BYTES + _READ_BYTES) + 3 * _READ_BYTES
+        monkeypatch.setattr(crowds, "PIECE_S", 0.001)
+        async with asyncio.timeout(20):
+            for frames in crowd:
+                (reply,) = pb.FromService.FromString(await frames.read()).replies
+                assert reply.failure.errno == errno.ENAMETOOLONG
+        assert not unfinished.total_bytes
+        assert bystander.connection.reconnections == 0
+
+
+_READ_BYTES = 256 * 1024
+"""What the event loop reads at once."""
 
 
 async def test_who_reads_nothing_is_cut_off_and_costs_a_bounded_amount_of_memory(

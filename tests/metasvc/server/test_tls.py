@@ -263,3 +263,31 @@ async def test_who_connects_and_says_no_hello_of_tls_holds_up_nobody(authority: 
         finally:
             for _, writer in idle:
                 writer.transport.abort()
+
+
+async def test_who_does_not_speak_tls_is_told_once_in_the_log_and_others_are_served(
+    authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with encrypted(authority) as service:
+        for sent in (b"GET / HTTP/1.1\r\n\r\n" * 10, b"\x16\x03\x01\x00\x05damaged", b""):
+            reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+            writer.write(sent)
+            if not sent:
+                writer.close()
+            async with asyncio.timeout(20):
+                await reader.read()
+            writer.close()
+        assert await list_volumes(service.endpoint()) == 1
+        assert caplog.text.count("a connection by TLS does not begin") == 1
+
+
+async def test_a_service_ends_within_a_handshake(authority: Authority) -> None:
+    async with encrypted(authority) as service:
+        assert service.service is not None
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        writer.write(b"\x16\x03\x01")
+        await asyncio.sleep(0.05)
+        async with asyncio.timeout(8):
+            await service.stop()
+            assert await reader.read() == b""
+        writer.close()

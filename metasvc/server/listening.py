@@ -4,8 +4,8 @@ Owns the listening sockets. Knows nothing of what is said on a connection.
 
 Why not the loop's own server: uvloop takes connections until none waits, in one turn, which a flood of them never lets it
 reach. 10,000 connections at 2,500 in a second were pauses of 0.4 s for everybody else. Here a turn takes `AT_ONCE`, and after
-`BURST` there are `PER_SECOND`: the kernel keeps the others, and whom it refuses tries again. At 1,000 in a second others had 0.72
-to 0.80 of their speed, at 300 0.93 to 0.98 (`bench/attacks.py --only silent`).
+`BURST` there are `PER_SECOND`: the kernel keeps the others, and whom it refuses tries again. At 1,000 in a second others had
+0.72 to 0.80 of their speed, at 300 0.93 to 0.98 (`bench/attacks.py --only silent`).
 """
 
 from __future__ import annotations
